@@ -1,0 +1,40 @@
+# Every target sets up what it needs in .venv: a fresh machine wants python3, make and a
+# package index.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test unit bench format check-format check-type setup clean
+
+demo: setup
+	$(BIN)/mxd-lens demo
+
+test: setup
+	$(BIN)/pytest
+
+unit: setup
+	$(BIN)/pytest tests/unit
+
+bench: setup
+	$(BIN)/python tests/benchmarks/bench_step.py
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+check-format: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+check-type: setup
+	$(BIN)/pyright
+
+setup: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "mxd-lens needs python 3.10 or newer")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv runs

@@ -1,0 +1,515 @@
+"""The Mixture of Decoders: configuration, inference class and training class.
+
+An MxD replaces an MLP or GLU by ``d_sae`` sparsely active experts, each a full-rank linear map
+of the dense hidden units ``z`` (Oldfield et al. 2025, arXiv 2505.21364, section 2)::
+
+    z = act(x W_in + b_in)                              an MLP         [.., d_hidden]
+    z = act(x W_gate + b_gate) * (x W_in + b_in)        a GLU          [.., d_hidden]
+    a = topk_k(relu(x W_enc + b_enc))                   coefficients   [.., d_sae]
+    y = sum_n a_n W_n^T z + b_dec,  W_n = W_out diag(W_dec[n])
+      = (a W_dec) * (z W_out) + b_dec                                  [.., d_out]
+
+The gate and the experts have SAELens' names, the dense part TransformerLens' names for an MLP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from sae_lens.registry import register_sae_class, register_sae_training_class
+from sae_lens.saes.sae import (
+    SAE,
+    SAEConfig,
+    TrainingSAE,
+    TrainingSAEConfig,
+    TrainStepInput,
+    TrainStepOutput,
+)
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
+
+from mxd_lens.kernels import to_dense, topk_gate, topk_relu, weighted_row_sum
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_new": partial(F.gelu, approximate="tanh"),
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+    "sigmoid": torch.sigmoid,
+}
+
+Recipe = Literal["centred", "paper"]
+
+
+@dataclass(kw_only=True)
+class MxDConfig(SAEConfig):
+    """Shape of an MxD; the fields a layer needs at inference.
+
+    Args:
+        d_out: width of the output (``d_in``, ``d_sae`` and the rest as in `SAEConfig`).
+        d_hidden: width of the dense hidden units.
+        k: experts active per token, 1 <= k <= d_sae.
+        act_fn: activation of the hidden units, a key of `ACTIVATIONS`.
+        gated: whether the hidden layer is a GLU.
+
+    Raises:
+        ValueError: k out of range, an unknown activation, or an SAE option that an
+            input-to-output layer cannot honour.
+    """
+
+    d_out: int
+    d_hidden: int
+    k: int = 32
+    act_fn: str = "silu"
+    gated: bool = True
+    apply_b_dec_to_input: bool = False
+
+    @classmethod
+    def architecture(cls) -> str:
+        return "mxd"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self)
+
+
+def _check(cfg: MxDConfig | TrainingMxDConfig) -> None:
+    for name in ("d_in", "d_out", "d_hidden", "d_sae"):
+        if getattr(cfg, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(cfg, name)}")
+    if not 1 <= cfg.k <= cfg.d_sae:
+        raise ValueError(
+            f"k={cfg.k} experts cannot be active out of d_sae={cfg.d_sae}: need 1 <= k <= d_sae"
+        )
+    if cfg.act_fn not in ACTIVATIONS:
+        raise ValueError(
+            f"unknown activation act_fn={cfg.act_fn!r}; known: {', '.join(ACTIVATIONS)}"
+        )
+    if cfg.apply_b_dec_to_input:
+        raise ValueError("apply_b_dec_to_input: b_dec is an output bias here, it has no input side")
+    if cfg.normalize_activations != "none" or cfg.reshape_activations != "none":
+        raise ValueError("an MxD takes normalize_activations='none', reshape_activations='none'")
+
+
+def _watched(hook: nn.Module) -> bool:
+    """Whether anyone looks at this hook point."""
+    return bool(hook._forward_hooks or hook._backward_hooks)
+
+
+class MxD(SAE[MxDConfig]):
+    """A Mixture of Decoders for inference: an MLP to TransformerLens, an SAE to SAELens.
+
+    Parameters (``cfg.dtype``):
+        W_enc [d_in, d_sae], b_enc [d_sae]: the experts' gate.
+        W_dec [d_sae, d_out]: one row ``c_n`` per expert.
+        W_in [d_in, d_hidden], b_in [d_hidden] and, for a GLU, W_gate, b_gate of the same shapes:
+            the dense hidden units.
+        W_out [d_hidden, d_out], b_dec [d_out]: the decoder all experts share, the output bias.
+
+    Hook points, in the order they fire: ``hook_in`` (``hook_sae_input``), ``hook_sae_acts_pre``
+    and ``hook_sae_acts_post`` [.., d_sae], ``hook_experts`` (``a W_dec``) [.., d_out],
+    ``hook_pre`` and, for a GLU, ``hook_pre_linear``, then ``hook_post`` (z) [.., d_hidden],
+    ``hook_shared`` (``z W_out``) [.., d_out], ``hook_sae_recons``, ``hook_sae_output`` and
+    ``hook_out`` [.., d_out]. Unlooked-at coefficients are never written out densely.
+    """
+
+    b_enc: nn.Parameter
+    W_in: nn.Parameter
+    b_in: nn.Parameter
+    W_gate: nn.Parameter
+    b_gate: nn.Parameter
+    W_out: nn.Parameter
+
+    def __init__(self, cfg: Any):
+        super().__init__(cfg)
+        self.hook_in = HookPoint()
+        self.hook_experts = HookPoint()
+        self.hook_pre = HookPoint()
+        if cfg.gated:
+            self.hook_pre_linear = HookPoint()
+        self.hook_post = HookPoint()
+        self.hook_shared = HookPoint()
+        self.hook_out = HookPoint()
+        self._to_decode: Tensor | None = None
+        self.setup()
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """As the reference: linear layers uniform in +-1/sqrt(fan_in), W_out = 0 so that the
+        output starts at b_dec = 0, rows of W_dec uniform and scaled to unit norm."""
+        cfg = self.cfg
+        new = partial(torch.empty, dtype=self.dtype, device=self.device)
+
+        def linear(rows: int, columns: int) -> nn.Parameter:
+            bound = cfg.d_in**-0.5
+            return nn.Parameter(new(rows, columns).uniform_(-bound, bound))
+
+        # Experts are read one by one, so W_enc's columns are kept contiguous in memory.
+        self.W_enc = nn.Parameter(linear(cfg.d_sae, cfg.d_in).data.T)
+        self.b_enc = nn.Parameter(new(cfg.d_sae).zero_())
+        self.W_dec = nn.Parameter(F.normalize(new(cfg.d_sae, cfg.d_out).uniform_(-1, 1), dim=-1))
+        self.W_in = linear(cfg.d_in, cfg.d_hidden)
+        self.b_in = nn.Parameter(new(cfg.d_hidden).zero_())
+        if cfg.gated:
+            self.W_gate = linear(cfg.d_in, cfg.d_hidden)
+            self.b_gate = nn.Parameter(new(cfg.d_hidden).zero_())
+        self.W_out = nn.Parameter(new(cfg.d_hidden, cfg.d_out).zero_())
+        self.b_dec = nn.Parameter(new(cfg.d_out).zero_())
+
+    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
+        """The layer's output, in x's dtype.
+
+        Raises:
+            ValueError: the last dimension of x is not d_in.
+        """
+        inputs = self._read(x)
+        values, indices = self._gate(inputs)
+        if _watched(self.hook_sae_acts_post):
+            acts = self.hook_sae_acts_post(to_dense(values, indices, self.cfg.d_sae))
+            experts = acts @ self.W_dec
+        else:
+            experts = weighted_row_sum(values, indices, self.W_dec)
+        y = self._combine(inputs, experts)
+        return self.hook_out(self.hook_sae_output(y.to(x.dtype)))
+
+    def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+        """The experts' coefficients, written out densely. The next `decode` belongs to this x."""
+        inputs = self._read(x)
+        self._to_decode = inputs
+        return self.hook_sae_acts_post(to_dense(*self._gate(inputs), self.cfg.d_sae))
+
+    def decode(self, feature_acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_out"]:
+        """The output for these coefficients and the input of the last `encode`, which it uses up.
+
+        Raises:
+            RuntimeError: no `encode` came before, or one of another batch shape. The output of
+                an MxD depends on its input besides the coefficients, so there is none to give.
+        """
+        inputs, self._to_decode = self._to_decode, None
+        if inputs is None or inputs.shape[:-1] != feature_acts.shape[:-1]:
+            seen = "no encode" if inputs is None else f"an encode of {tuple(inputs.shape)}"
+            raise RuntimeError(
+                f"decode of coefficients {tuple(feature_acts.shape)} after {seen}: an MxD's "
+                "experts act on its input, so call encode(x) first, then decode once"
+            )
+        return self._combine(inputs, feature_acts.to(self.dtype) @ self.W_dec)
+
+    def _read(self, x: Tensor) -> Tensor:
+        if x.shape[-1] != self.cfg.d_in:
+            raise ValueError(f"input has width {x.shape[-1]}, this MxD has d_in={self.cfg.d_in}")
+        return self.hook_sae_input(self.hook_in(x.to(self.dtype)))
+
+    def _gate(
+        self, x: Float[Tensor, "*batch d_in"]
+    ) -> tuple[Float[Tensor, "*batch k"], Int[Tensor, "*batch k"]]:
+        if _watched(self.hook_sae_acts_pre):
+            return topk_relu(self.hook_sae_acts_pre(x @ self.W_enc + self.b_enc), self.cfg.k)
+        return topk_gate(x, self.W_enc, self.b_enc, self.cfg.k)
+
+    def hidden(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_hidden"]:
+        """The dense hidden units z."""
+        act = ACTIVATIONS[self.cfg.act_fn]
+        linear = x @ self.W_in + self.b_in
+        if not self.cfg.gated:
+            return self.hook_post(act(self.hook_pre(linear)))
+        pre = self.hook_pre(x @ self.W_gate + self.b_gate)
+        return self.hook_post(act(pre) * self.hook_pre_linear(linear))
+
+    def _combine(self, x: Tensor, experts: Tensor) -> Tensor:
+        experts = self.hook_experts(experts)
+        shared = self.hook_shared(self.hidden(x) @ self.W_out)
+        return self.hook_sae_recons(experts * shared + self.b_dec)
+
+    def expert_weights(self, n: int) -> Float[Tensor, "d_hidden d_out"]:
+        """Expert n's linear map of the hidden units, ``W_n = W_out diag(W_dec[n])``.
+
+        Its rank is that of W_out where ``W_dec[n]`` has no zero entry (paper, lemma 1).
+        """
+        return self.W_out * self.W_dec[n]
+
+    @classmethod
+    @torch.no_grad()
+    def from_mlp(cls, mlp: nn.Module, d_sae: int = 1, k: int = 1) -> MxD:
+        """The MxD that computes exactly what this MLP or GLU does: ``a W_dec = 1`` everywhere.
+
+        Args:
+            mlp: ``model.blocks[L].mlp`` of a HookedTransformer or a TransformerBridge.
+            d_sae, k: the first k experts are always on, each a k-th of the layer.
+
+        Raises:
+            ValueError: the module is neither an MLP nor a GLU, or has an unknown activation.
+        """
+        mlp_weights = read_mlp(mlp)
+        W_in, W_out = mlp_weights["W_in"], mlp_weights["W_out"]
+        cfg = MxDConfig(
+            d_in=W_in.shape[0],
+            d_out=W_out.shape[1],
+            d_hidden=W_in.shape[1],
+            d_sae=d_sae,
+            k=k,
+            act_fn=mlp_weights["act_fn"],
+            gated="W_gate" in mlp_weights,
+            dtype=str(W_in.dtype).removeprefix("torch."),
+            device=str(W_in.device),
+        )
+        mxd = cls(cfg)
+        mxd.copy_hidden_units(mlp_weights)
+        mxd.W_out.copy_(W_out)
+        mxd.b_dec.copy_(mlp_weights["b_dec"])
+        mxd.W_enc.zero_()
+        mxd.b_enc[:k] = 1 / k
+        mxd.W_dec.fill_(1.0)
+        return mxd
+
+    @torch.no_grad()
+    def copy_hidden_units(self, mlp_weights: dict[str, Any]) -> None:
+        """Take W_in, b_in (and W_gate, b_gate) from `read_mlp`'s answer.
+
+        Raises:
+            ValueError: the MLP has other widths, kind or activation than this layer.
+        """
+        theirs = (tuple(mlp_weights["W_in"].shape), "W_gate" in mlp_weights, mlp_weights["act_fn"])
+        ours = ((self.cfg.d_in, self.cfg.d_hidden), self.cfg.gated, self.cfg.act_fn)
+        if theirs != ours:
+            raise ValueError(
+                f"this MLP has ((d_in, d_hidden), gated, act_fn) = {theirs}, the MxD {ours}"
+            )
+        for name in ("W_in", "b_in", "W_gate", "b_gate"):
+            if name in mlp_weights:
+                getattr(self, name).copy_(mlp_weights[name])
+
+    def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
+        state_dict["W_enc"] = state_dict["W_enc"].contiguous()
+
+    def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
+        expected = {name: tuple(p.shape) for name, p in self.state_dict().items()}
+        found = {name: tuple(p.shape) for name, p in state_dict.items()}
+        if expected != found:
+            wrong = sorted(expected.items() ^ found.items())
+            raise ValueError(
+                f"these weights are not those of an MxD with this cfg.json; they differ in {wrong}"
+            )
+        state_dict["W_enc"] = state_dict["W_enc"].T.contiguous().T
+
+
+@torch.no_grad()
+def read_mlp(mlp: nn.Module) -> dict[str, Any]:
+    """Weights of a HookedTransformer's or TransformerBridge's MLP, in this module's names.
+
+    Returns:
+        W_in, b_in, W_out, b_dec, act_fn and, for a GLU, W_gate and b_gate.
+
+    Raises:
+        ValueError: the module is neither an MLP nor a GLU, or has an unknown activation.
+    """
+    try:
+        W_in, W_out = mlp.W_in, mlp.W_out
+    except AttributeError as error:
+        raise ValueError(
+            f"{type(mlp).__name__} is neither an MLP nor a GLU: it has no W_in and W_out"
+        ) from error
+    if not isinstance(W_in, Tensor) or not isinstance(W_out, Tensor) or W_in.ndim != 2:
+        raise ValueError(f"{type(mlp).__name__} has no single dense hidden layer to read")
+    bridged = not hasattr(mlp, "cfg")
+    config = mlp.config if bridged else mlp.cfg
+    act_fn = next(
+        (
+            value
+            for name in ("activation_function", "hidden_activation", "hidden_act", "act_fn")
+            if (value := getattr(config, name, None)) is not None
+        ),
+        None,
+    )
+    act_fn = {"gelu_fast": "gelu_new", "swish": "silu"}.get(act_fn, act_fn)
+    if act_fn not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {act_fn!r}; known: {', '.join(ACTIVATIONS)}")
+
+    def bias(name: str, like: Tensor) -> Tensor:
+        value = getattr(mlp, name, None)
+        return like.new_zeros(like.shape[1]) if value is None else value
+
+    weights = {
+        "W_in": W_in,
+        "b_in": bias("b_in", W_in),
+        "W_out": W_out,
+        "b_dec": bias("b_out", W_out),
+        "act_fn": act_fn,
+    }
+    W_gate = getattr(mlp, "W_gate", None)
+    if W_gate is not None:
+        weights |= {"W_gate": W_gate, "b_gate": bias("b_gate", W_gate)}
+        if not bridged:  # TransformerLens adds a GLU's b_in after the product
+            weights["b_dec"] = weights["b_dec"] + weights["b_in"] @ W_out
+            weights["b_in"] = torch.zeros_like(weights["b_in"])
+    return weights
+
+
+@dataclass(kw_only=True)
+class TrainingMxDConfig(TrainingSAEConfig):
+    """`MxDConfig`'s fields and the recipe.
+
+    Args:
+        recipe: ``"paper"``: gate with a bias, started at random. ``"centred"``: the gate reads
+            ``x - gate_mean``, has no bias, rows of unit norm and one learned scale, so that
+            every pre-activation has mean zero and no expert can always be on; saved as an
+            ordinary gate. Both keep the rows of W_dec at unit norm.
+    """
+
+    d_out: int
+    d_hidden: int
+    k: int = 32
+    act_fn: str = "silu"
+    gated: bool = True
+    apply_b_dec_to_input: bool = False
+    recipe: Recipe = "centred"
+    decoder_init_norm: float | None = None
+
+    @classmethod
+    def architecture(cls) -> str:
+        return "mxd"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self)
+        if self.recipe not in ("centred", "paper"):
+            raise ValueError(f"recipe must be 'centred' or 'paper', got {self.recipe!r}")
+
+
+class TrainingMxD(MxD, TrainingSAE[TrainingMxDConfig]):  # type: ignore[misc]
+    """The MxD as `SAETrainer` trains it, on batches ``cat([mlp_in, mlp_out], -1)``.
+
+    Beside MxD's parameters, for the centred recipe: ``gate_mean`` [d_in] (a buffer) and
+    ``log_gate_scale`` []; its gate is ``exp(log_gate_scale) * (x - gate_mean) W_enc``.
+    """
+
+    cfg: TrainingMxDConfig  # type: ignore[assignment]
+    gate_mean: Tensor
+
+    def initialize_weights(self) -> None:
+        super().initialize_weights()
+        if self.cfg.recipe == "centred":
+            zeros = partial(torch.zeros, dtype=self.dtype, device=self.device)
+            self.register_buffer("gate_mean", zeros(self.cfg.d_in))
+            self.log_gate_scale = nn.Parameter(zeros(()))
+            self.b_enc.requires_grad_(False)
+            self.renormalise()
+
+    @torch.no_grad()
+    def start_from(
+        self, mlp_weights: dict[str, Any], mlp_in: Float[Tensor, "batch d_in"]
+    ) -> None:
+        """Start the centred recipe from the MLP's own hidden units and a sample of its inputs.
+
+        W_out stays zero. The gate's scale is set such that ``a W_dec`` has entries of size one.
+        """
+        self.copy_hidden_units(mlp_weights)
+        self.gate_mean.copy_(mlp_in.mean(0))
+        values, _ = self._gate(mlp_in.to(self.dtype))
+        size = values.square().sum(-1).mean().div(self.cfg.d_out).sqrt()
+        self.log_gate_scale.sub_(size.log())
+
+    @torch.no_grad()
+    def renormalise(self) -> None:
+        """Rows of W_dec, and the centred gate's columns, back to unit norm."""
+        self.W_dec.copy_(F.normalize(self.W_dec, dim=-1))
+        if self.cfg.recipe == "centred":
+            self.W_enc.copy_(F.normalize(self.W_enc, dim=0))
+
+    def _gate(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if self.cfg.recipe == "paper":
+            return super()._gate(x)
+        scale = self.log_gate_scale.exp()
+        x = x - self.gate_mean
+        if _watched(self.hook_sae_acts_pre):
+            pre = self.hook_sae_acts_pre(x @ self.W_enc * scale)
+            return topk_relu(pre, self.cfg.k)
+        values, indices = topk_gate(x, _tangent(self.W_enc, 0), self.b_enc, self.cfg.k)
+        return values * scale, indices
+
+    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        """Loss: mean over tokens and outputs of ``(y_hat - y)^2 / ||y||_2`` (the reference's).
+
+        ``sae_in`` of the result is the target, from which SAETrainer logs explained variance.
+        """
+        self.renormalise()
+        x, y = step_input.sae_in.split([self.cfg.d_in, self.cfg.d_out], dim=-1)
+        values, indices = self._gate(self._read(x))
+        experts = weighted_row_sum(values, indices, _tangent(self.W_dec, -1))
+        y_hat = self._combine(x, experts).to(y.dtype)
+        norm = y.norm(dim=-1, keepdim=True).clamp_min(1e-6)
+        loss = ((y_hat - y).square() / norm).mean()
+        return TrainStepOutput(
+            sae_in=y,
+            sae_out=y_hat,
+            feature_acts=_as_coo(values.detach(), indices, self.cfg.d_sae),
+            hidden_pre=values,
+            loss=loss,
+            losses={"mse_loss": loss.detach()},
+        )
+
+    def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        acts = self.encode(x)
+        return acts, acts
+
+    def calculate_aux_loss(self, *_: Any, **__: Any) -> dict[str, Tensor]:
+        return {}
+
+    def get_coefficients(self) -> dict[str, Any]:
+        return {}
+
+    def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
+        """Fold gate_mean and scale into an ordinary gate."""
+        if self.cfg.recipe == "centred":
+            scale = state_dict.pop("log_gate_scale").exp()
+            state_dict["W_enc"] = state_dict["W_enc"] * scale
+            state_dict["b_enc"] = -(state_dict.pop("gate_mean") @ state_dict["W_enc"])
+        super().process_state_dict_for_saving_inference(state_dict)
+
+    @torch.no_grad()
+    def to_inference(self) -> MxD:
+        """The MxD that `save_inference_model` would write."""
+        state_dict = {name: p.detach().clone() for name, p in self.state_dict().items()}
+        self.process_state_dict_for_saving_inference(state_dict)
+        mxd = MxD(MxDConfig.from_dict(self.cfg.get_inference_sae_cfg_dict()))
+        mxd.process_state_dict_for_loading(state_dict)
+        mxd.load_state_dict(state_dict)
+        return mxd
+
+
+class _Tangent(torch.autograd.Function):
+    """The identity on vectors of unit norm; its gradient loses the component along them."""
+
+    @staticmethod
+    def forward(ctx, W: Tensor, dim: int) -> Tensor:
+        ctx.save_for_backward(W)
+        ctx.dim = dim
+        return W.view_as(W)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (W,) = ctx.saved_tensors
+        return grad - W * (W * grad).sum(ctx.dim, keepdim=True), None
+
+
+def _tangent(W: Tensor, dim: int) -> Tensor:
+    return _Tangent.apply(W, dim)  # type: ignore[return-value]
+
+
+def _as_coo(values: Tensor, indices: Tensor, d_sae: int) -> Tensor:
+    """[batch, k] coefficients as the sparse [batch, d_sae] that SAETrainer counts firings of."""
+    batch, k = values.shape
+    rows = torch.arange(batch, device=values.device).repeat_interleave(k)
+    return torch.sparse_coo_tensor(
+        torch.stack([rows, indices.flatten()]), values.flatten(), (batch, d_sae)
+    )
+
+
+register_sae_class("mxd", MxD, MxDConfig)
+register_sae_training_class("mxd", TrainingMxD, TrainingMxDConfig)
