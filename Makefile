@@ -26,7 +26,7 @@ check-format: setup
 	$(BIN)/ruff check .
 
 check-type: setup
-	$(BIN)/pyright
+	$(BIN)/basedpyright
 
 setup: .venv/installed
 

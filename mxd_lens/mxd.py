@@ -402,9 +402,7 @@ class TrainingMxD(MxD, TrainingSAE[TrainingMxDConfig]):  # type: ignore[misc]
             self.renormalise()
 
     @torch.no_grad()
-    def start_from(
-        self, mlp_weights: dict[str, Any], mlp_in: Float[Tensor, "batch d_in"]
-    ) -> None:
+    def start_from(self, mlp_weights: dict[str, Any], mlp_in: Float[Tensor, "batch d_in"]) -> None:
         """Start the centred recipe from the MLP's own hidden units and a sample of its inputs.
 
         W_out stays zero. The gate's scale is set such that ``a W_dec`` has entries of size one.

@@ -1,0 +1,3 @@
+from mxd_lens.cli import main
+
+main()

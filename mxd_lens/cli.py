@@ -1,0 +1,143 @@
+"""The ``mxd-lens`` command."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from sae_lens import SAE
+from sae_lens.constants import RUNNER_CFG_FILENAME
+from simple_parsing import ArgumentParser
+from transformers.utils.logging import disable_progress_bar
+
+from mxd_lens import plots
+from mxd_lens.assets import AssetError
+from mxd_lens.data import load_text
+from mxd_lens.faithfulness import evaluate
+from mxd_lens.models import load_model
+from mxd_lens.train import Interrupted, TrainConfig, load_documents, train
+
+DEMO = TrainConfig(
+    model="demo:smollm2",
+    layer=6,
+    dataset="demo:wikipedia",
+    output="runs/demo",
+    d_sae=6_911,
+    autocast=True,
+)
+
+
+@dataclass
+class EvaluateConfig:
+    """Which run to evaluate, and on what."""
+
+    run: str
+    """Output folder of `mxd-lens train`."""
+    dataset: str | None = None
+    """Other text than the run's held-out documents, named as for train."""
+    n_sequences: int = 64
+    """Sequences on which cross-entropies are taken."""
+
+
+@dataclass
+class DemoConfig:
+    """Where the demo's run goes."""
+
+    output: str = DEMO.output
+    """Folder of the run; what it holds is reused."""
+
+
+def run_evaluation(
+    cfg: TrainConfig, dataset: str | None = None, n_sequences: int = 64, model=None
+) -> None:
+    """Evaluate a finished run: results.json and page.html in its folder, a table on stdout."""
+    sae = SAE.load_from_disk(cfg.layer_path, device=cfg.device)
+    model = model or load_model(cfg.model, cfg.model_class, cfg.device)
+    text = load_documents(cfg)[1] if dataset is None else load_text(dataset)
+    row, density = evaluate(model, sae, text, n_sequences=n_sequences, seed=cfg.seed)
+    row["dataset"] = dataset or f"{cfg.dataset} (held out)"
+    stem = "results" if dataset is None else f"results-{Path(dataset).stem.replace(':', '-')}"
+    results = Path(cfg.output) / f"{stem}.json"
+    page = results.with_suffix(".html")
+    plots.write_page(page, row, density)
+    results.write_text(json.dumps(row, indent=2) + "\n")
+    print(plots.table(row))
+    print(f"\n{results}  {page}  {cfg.layer_path}")
+
+
+def run_train(cfg: TrainConfig) -> None:
+    """Train, then evaluate on the held-out documents, unless that has been done already."""
+    results = Path(cfg.output) / "results.json"
+    model = None
+    if not (cfg.layer_path.exists() and results.exists()):
+        model = load_model(cfg.model, cfg.model_class, cfg.device)
+    train(cfg, model)
+    if model is not None:
+        run_evaluation(cfg, model=model)
+    else:
+        print(plots.table(json.loads(results.read_text())))
+        print(f"\nfound finished in {cfg.output}; delete that folder to run again")
+
+
+def run_evaluate(cfg: EvaluateConfig) -> None:
+    """`mxd-lens evaluate`."""
+    path = Path(cfg.run) / RUNNER_CFG_FILENAME
+    if not path.exists():
+        raise ValueError(f"{cfg.run} is not the output folder of a run: it has no {path.name}")
+    train_cfg = TrainConfig(**json.loads(path.read_text()), output=cfg.run)
+    if not train_cfg.layer_path.exists():
+        raise ValueError(f"the run in {cfg.run} is not finished: run its train command again")
+    run_evaluation(train_cfg, cfg.dataset, cfg.n_sequences)
+
+
+def run_demo(cfg: DemoConfig) -> None:
+    """`mxd-lens demo`."""
+    run_train(TrainConfig(**{**asdict(DEMO), "output": cfg.output}))
+
+
+COMMANDS = {
+    "demo": (
+        DemoConfig,
+        run_demo,
+        "SmolLM2-135M, layer 6, Wikipedia: train, swap in, measure; about 10 minutes on 2 cores",
+        "mxd-lens demo",
+    ),
+    "train": (
+        TrainConfig,
+        run_train,
+        "train an MxD on a language model's MLP and measure it on held-out documents",
+        "mxd-lens train --model gpt2 --layer 8 --dataset stas/openwebtext-10k --output runs/gpt2",
+    ),
+    "evaluate": (
+        EvaluateConfig,
+        run_evaluate,
+        "measure a finished run again, on its held-out documents or on other text",
+        "mxd-lens evaluate --run runs/demo --dataset demo:state-of-the-union",
+    ),
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command; whatever the user can mend is one sentence and exit code 1."""
+    parser = ArgumentParser(prog="mxd-lens", description="Mixtures of Decoders.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, (config, _, description, example) in COMMANDS.items():
+        command = commands.add_parser(
+            name, help=description, description=f"{description}. Example: {example}"
+        )
+        command.add_arguments(config, dest="cfg")
+    disable_progress_bar()
+    try:
+        chosen = parser.parse_args(arguments)
+        COMMANDS[chosen.command][1](chosen.cfg)
+    except (ValueError, AssetError) as error:
+        sys.exit(f"mxd-lens: {error}")
+    except Interrupted as error:
+        print(f"\nmxd-lens: {error}", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

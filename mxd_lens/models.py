@@ -1,0 +1,64 @@
+"""Language models: load one by name, and where in it an MLP's input and output are hooked."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from sae_lens import HookedSAETransformer
+from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
+from transformer_lens.model_bridge import TransformerBridge
+
+from mxd_lens import assets
+from mxd_lens.splice import get_mlp
+
+ModelClass = Literal["TransformerBridge", "HookedTransformer"]
+
+DEMO_MODEL = "demo:smollm2"
+
+
+def load_model(
+    name: str, model_class: ModelClass = "TransformerBridge", device: str = "cpu"
+) -> Any:
+    """A language model SAEs can be attached to, weights unprocessed.
+
+    Args:
+        name: a model on the Hugging Face hub, a local folder with one, or ``demo:smollm2``,
+            SmolLM2-135M-Instruct from the package index.
+        model_class: a SAETransformerBridge, or the older HookedSAETransformer.
+
+    Raises:
+        ValueError: the model cannot be loaded.
+    """
+    bridged = model_class == "TransformerBridge"
+    if name == DEMO_MODEL:
+        load = assets.load_smollm2_bridge if bridged else assets.load_smollm2_hooked
+        return load(device=device)
+    try:
+        if bridged:
+            return SAETransformerBridge.boot_transformers(name, device=device)
+        return HookedSAETransformer.from_pretrained_no_processing(name, device=device)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot load the model {name!r}: {error}") from error
+
+
+def mlp_hooks(model: Any, layer: int) -> tuple[str, str]:
+    """The hook names of an MLP's true input and output.
+
+    Raises:
+        ValueError: no such layer, no MLP there, or a model that does not hook them.
+    """
+    get_mlp(model, layer)
+    hook_in = f"blocks.{layer}.mlp.hook_in"
+    if isinstance(model, TransformerBridge):
+        return hook_in, f"blocks.{layer}.mlp.hook_out"
+    if getattr(model.cfg, "use_normalization_before_and_after", False):
+        raise ValueError(
+            "this HookedTransformer norms the MLP's output before its hook sees it; "
+            "load the model as a TransformerBridge instead"
+        )
+    if hook_in not in model.hook_dict:
+        raise ValueError(
+            f"a bare {type(model).__name__} has no {hook_in}; load the model as a "
+            "HookedSAETransformer or a TransformerBridge"
+        )
+    return hook_in, f"blocks.{layer}.hook_mlp_out"
