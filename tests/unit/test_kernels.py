@@ -1,0 +1,193 @@
+"""The sparse kernels against the dense forms they stand for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from mxd_lens.kernels import to_dense, topk_gate, topk_relu, weighted_row_sum
+
+D_IN, D_SAE, D_OUT = 6, 13, 4
+
+
+def draw(*batch: int, d_in=D_IN, d_sae=D_SAE, d_out=D_OUT, columns=True, dtype=torch.float64):
+    """x, W_enc (its columns or its rows contiguous), b_enc, table: leaves that need gradients."""
+    x = torch.randn(*batch, d_in, dtype=dtype)
+    W_enc = torch.randn(d_sae, d_in, dtype=dtype).T
+    W_enc = W_enc if columns else W_enc.contiguous()
+    assert W_enc.T.is_contiguous() == columns
+    b_enc = torch.randn(d_sae, dtype=dtype)
+    table = torch.randn(d_sae, d_out, dtype=dtype)
+    return [tensor.requires_grad_() for tensor in (x, W_enc, b_enc, table)]
+
+
+def dense(x: Tensor, W_enc: Tensor, b_enc: Tensor, table: Tensor, k: int) -> Tensor:
+    """The same function with every zero written out: sort, threshold, einsum."""
+    acts = torch.einsum("...i,in->...n", x, W_enc).add(b_enc).clamp_min(0)
+    order = acts.detach().argsort(dim=-1, descending=True, stable=True)
+    rank = order.argsort(dim=-1)
+    return torch.einsum("...n,no->...o", acts * (rank < k), table)
+
+
+def sparse(x: Tensor, W_enc: Tensor, b_enc: Tensor, table: Tensor, k: int) -> Tensor:
+    return weighted_row_sum(*topk_gate(x, W_enc, b_enc, k), table)
+
+
+def value_and_grads(function, inputs, k) -> list[Tensor]:
+    out = function(*inputs, k)
+    weight = torch.linspace(-1, 2, out.numel(), dtype=out.dtype).view_as(out)
+    return [out, *torch.autograd.grad((out * weight).sum(), inputs)]
+
+
+def assert_same_as_dense(inputs, k) -> None:
+    for found, expected in zip(
+        value_and_grads(sparse, inputs, k), value_and_grads(dense, inputs, k), strict=True
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("columns", [True, False], ids=["columns", "rows"])
+@pytest.mark.parametrize("k", [1, 3, D_SAE])
+@pytest.mark.parametrize("batch", [(), (7,), (3, 5), (2, 3, 4)])
+def test_values_and_gradients_equal_the_dense_form(batch, k, columns):
+    assert_same_as_dense(draw(*batch, columns=columns), k)
+
+
+@pytest.mark.parametrize("trial", range(12))
+def test_random_sizes_equal_the_dense_form(trial):
+    generator = torch.Generator().manual_seed(trial)
+    tokens, d_in, d_sae, d_out = torch.randint(1, 40, (4,), generator=generator).tolist()
+    k = int(torch.randint(1, d_sae + 1, (), generator=generator))
+    assert_same_as_dense(draw(tokens, d_in=d_in, d_sae=d_sae, d_out=d_out), k)
+
+
+def test_gradcheck():
+    x, W_enc, b_enc, table = draw(4)
+    pre = (x @ W_enc + b_enc).detach()
+    ranked = pre.sort(dim=-1, descending=True).values
+    assert (ranked[:, 2] - ranked[:, 3]).min() > 1e-3 < pre.abs().min()  # no kink within reach
+    assert torch.autograd.gradcheck(lambda *a: topk_gate(*a, 3)[0].sum(-1), (x, W_enc, b_enc))
+    weights = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    indices = torch.tensor([[0, 1, 2], [2, 2, 5], [12, 0, 12], [7, 7, 7]])
+    assert torch.autograd.gradcheck(lambda w, t: weighted_row_sum(w, indices, t), (weights, table))
+
+
+@pytest.mark.parametrize("frozen", range(4), ids=["x", "W_enc", "b_enc", "table"])
+def test_an_input_without_gradient_leaves_the_others_theirs(frozen):
+    inputs = draw(7)
+    expected = torch.autograd.grad(dense(*inputs, 3).square().sum(), inputs)
+    inputs[frozen] = inputs[frozen].detach()
+    sparse(*inputs, 3).square().sum().backward()
+    assert inputs[frozen].grad is None
+    for i in {0, 1, 2, 3} - {frozen}:
+        torch.testing.assert_close(inputs[i].grad, expected[i], rtol=1e-10, atol=1e-12)
+
+
+def test_gate_gives_the_k_largest_and_where_they_are():
+    x, W_enc, b_enc, _ = draw(9)
+    pre = x @ W_enc + b_enc
+    values, indices = topk_gate(x, W_enc, b_enc, 4)
+    torch.testing.assert_close(values, pre.gather(-1, indices).clamp_min(0))
+    left_out = pre.scatter(-1, indices, -torch.inf).amax(-1)
+    assert (pre.gather(-1, indices).amin(-1) >= left_out).all()
+    for found, expected in zip(topk_relu(pre, 4), (values, indices), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_ties_choose_k_different_experts_and_give_only_them_gradient():
+    x, W_enc, b_enc, _ = draw(5)
+    with torch.no_grad():
+        W_enc[:] = W_enc[:, :1]
+        b_enc[:] = 50.0
+    values, indices = topk_gate(x, W_enc, b_enc, 4)
+    assert all(len(set(row)) == 4 for row in indices.tolist())
+    torch.testing.assert_close(values, (x @ W_enc + b_enc)[:, :4])
+    values.sum().backward()
+    torch.testing.assert_close(b_enc.grad, indices.flatten().bincount(minlength=D_SAE).double())
+    torch.testing.assert_close(x.grad, 4 * W_enc[:, 0].expand(5, -1))
+
+
+def test_a_row_that_rectifies_to_zero_gives_zeros_and_no_gradient():
+    x, W_enc, b_enc, table = draw(6)
+    with torch.no_grad():
+        W_enc.abs_()
+        x[2] = -100.0
+    assert (x[2] @ W_enc + b_enc < 0).all()
+    assert_same_as_dense([x, W_enc, b_enc, table], 3)
+    out, grad_x, *_ = value_and_grads(sparse, [x, W_enc, b_enc, table], 3)
+    assert (out[2] == 0).all() and (grad_x[2] == 0).all() and grad_x[1].any()
+
+
+def test_fewer_than_k_positive_carry_zeros():
+    x, W_enc, b_enc, table = draw(6)
+    with torch.no_grad():
+        b_enc -= 1.5
+    alive = (x @ W_enc + b_enc > 0).sum(-1)
+    assert 0 < alive.max() < 9 and alive.unique().numel() > 1
+    assert_same_as_dense([x, W_enc, b_enc, table], 9)
+    values, _ = topk_gate(x, W_enc, b_enc, 9)
+    assert ((values > 0).sum(-1) == alive).all()
+
+
+@pytest.mark.parametrize("batch", [(0,), (3, 0), (0, 2)])
+def test_empty_batch(batch):
+    inputs = draw(*batch)
+    out, grad_x, *grads = value_and_grads(sparse, inputs, 3)
+    assert out.shape == (*batch, D_OUT) and grad_x.shape == inputs[0].shape
+    for grad, parameter in zip(grads, inputs[1:], strict=True):
+        assert grad.shape == parameter.shape and (grad == 0).all()
+
+
+def test_an_expert_used_twice_by_a_token_counts_twice():
+    table = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    weights = torch.tensor([[2.0, 3.0]], dtype=torch.float64, requires_grad=True)
+    out = weighted_row_sum(weights, torch.tensor([[1, 1]]), table)
+    torch.testing.assert_close(out, 5 * table[1:2])
+    out.sum().backward()
+    torch.testing.assert_close(table.grad[1], torch.full((3,), 5.0).double())
+    torch.testing.assert_close(weights.grad, table[1].sum().detach().expand(1, 2))
+
+
+def test_to_dense_writes_every_coefficient_where_it_belongs():
+    values = torch.tensor([[[1.0, 2.0]], [[3.0, 0.0]]])
+    indices = torch.tensor([[[3, 0]], [[1, 2]]])
+    expected = [[[2.0, 0.0, 0.0, 1.0]], [[0.0, 3.0, 0.0, 0.0]]]
+    assert to_dense(values, indices, 4).tolist() == expected
+
+
+def test_bfloat16_autocast_stays_close_to_float32():
+    inputs = draw(64, d_in=32, d_sae=16, d_out=8, dtype=torch.float32)
+    k = 16  # all of them, lest rounding swaps experts
+    expected = value_and_grads(dense, inputs, k)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = sparse(*inputs, k)
+    weight = torch.linspace(-1, 2, out.numel()).view_as(out)
+    found = [out, *torch.autograd.grad((out * weight).sum(), inputs)]
+    for ours, theirs, leaf in zip(found, expected, [out, *inputs], strict=True):
+        assert ours.dtype == torch.float32 == leaf.dtype
+        error = (ours - theirs).norm() / theirs.norm()
+        assert error < 0.1
+    assert (out - expected[0]).abs().max() > 0  # it did run in bfloat16
+
+
+def saved_for_backward(function, inputs, k) -> list[tuple[int, ...]]:
+    """Shapes of the tensors autograd keeps, the inputs themselves aside."""
+    leaves = {tensor.untyped_storage().data_ptr() for tensor in inputs}
+    shapes = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in leaves:
+            shapes.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        function(*inputs, k)
+    return shapes
+
+
+def test_nothing_of_size_d_sae_is_saved_for_backward():
+    inputs = draw(50)
+    assert any(D_SAE in shape for shape in saved_for_backward(dense, inputs, 3))
+    shapes = saved_for_backward(sparse, inputs, 3)
+    assert shapes and set(shapes) == {(50, 3)}
