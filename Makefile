@@ -15,7 +15,7 @@ unit: setup
 	$(BIN)/pytest tests/unit
 
 bench: setup
-	$(BIN)/python tests/benchmarks/bench_step.py
+	DEVICE=$(or $(DEVICE),cpu) $(BIN)/python tests/benchmarks/bench_step.py
 
 format: setup
 	$(BIN)/ruff format .

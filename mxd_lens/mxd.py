@@ -359,7 +359,7 @@ class TrainingMxDConfig(TrainingSAEConfig):
         recipe: ``"paper"``: gate with a bias, started at random. ``"centred"``: the gate reads
             ``x - gate_mean``, has no bias, rows of unit norm and one learned scale, so that
             every pre-activation has mean zero and no expert can always be on; saved as an
-            ordinary gate. Both keep the rows of W_dec at unit norm.
+            ordinary gate. W_dec's rows are centred as well. Both recipes keep them at unit norm.
     """
 
     d_out: int
@@ -415,10 +415,15 @@ class TrainingMxD(MxD, TrainingSAE[TrainingMxDConfig]):  # type: ignore[misc]
 
     @torch.no_grad()
     def renormalise(self) -> None:
-        """Rows of W_dec, and the centred gate's columns, back to unit norm."""
-        self.W_dec.copy_(F.normalize(self.W_dec, dim=-1))
+        """Rows of W_dec, and the centred gate's columns, back to unit norm.
+
+        Centred experts, too: what all rows of W_dec share would make ``a W_dec`` constant and
+        the choice of experts idle, so it is taken out first.
+        """
         if self.cfg.recipe == "centred":
+            self.W_dec.sub_(self.W_dec.mean(0))
             self.W_enc.copy_(F.normalize(self.W_enc, dim=0))
+        self.W_dec.copy_(F.normalize(self.W_dec, dim=-1))
 
     def _gate(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if self.cfg.recipe == "paper":

@@ -14,6 +14,7 @@ from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import nn
 from transformer_lens import HookedTransformerConfig
+from transformer_lens.model_bridge import TransformerBridge
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -43,12 +44,12 @@ def randomise(module: nn.Module, size: float = 0.3) -> None:
 
 @pytest.fixture
 def random_mxd() -> Callable[..., MxD]:
-    """``random_mxd(**fields)``: an MxD in float64 with no parameter at zero or one."""
+    """``random_mxd(size, **fields)``: an MxD in float64 with no parameter at zero or one."""
 
-    def make(**fields: Any) -> MxD:
+    def make(size: float = 0.7, **fields: Any) -> MxD:
         shape = {"d_in": 5, "d_out": 4, "d_hidden": 7, "d_sae": 11, "k": 3, "dtype": "float64"}
         mxd = MxD(MxDConfig(**(shape | fields)))
-        randomise(mxd, 0.7)
+        randomise(mxd, size)
         return mxd
 
     return make
@@ -163,6 +164,17 @@ def tiny_bridge(llama_folder) -> SAETransformerBridge:
 @pytest.fixture
 def tiny_bridge_gpt2(gpt2_folder) -> SAETransformerBridge:
     return SAETransformerBridge.boot_transformers(str(gpt2_folder))
+
+
+@pytest.fixture
+def plain_bridge(llama_folder) -> TransformerBridge:
+    """Unlike SAELens' subclass, this one knows the hook points' other names."""
+    return TransformerBridge.boot_transformers(str(llama_folder))
+
+
+@pytest.fixture
+def plain_bridge_gpt2(gpt2_folder) -> TransformerBridge:
+    return TransformerBridge.boot_transformers(str(gpt2_folder))
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ def test_a_missing_column_is_named_with_those_there_are(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"body": "one", "id": 1}])
     with pytest.raises(ValueError, match=r"no column 'text'; it has 'body', 'id'"):
         load_text(path)
-    with pytest.raises(ValueError, match="column 'id' .* holds no text"):
+    with pytest.raises(ValueError, match=r"column 'id' .* holds no text"):
         load_text(path, text_column="id")
 
 

@@ -17,7 +17,7 @@ from mxd_lens.faithfulness import _kl
 from mxd_lens.models import mlp_hooks
 from mxd_lens.train import Interrupted, load_documents
 
-WORDS = "the cat sat on mat a dog ran after one fish saw".split()
+WORDS = ["the", "cat", "sat", "on", "mat", "a", "dog", "ran", "after", "one", "fish", "saw"]
 
 
 @pytest.fixture
