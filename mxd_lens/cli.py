@@ -7,7 +7,6 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from sae_lens import SAE
 from sae_lens.constants import RUNNER_CFG_FILENAME
 from simple_parsing import ArgumentParser
 from transformers.utils.logging import disable_progress_bar
@@ -17,6 +16,7 @@ from mxd_lens.assets import AssetError
 from mxd_lens.data import load_text
 from mxd_lens.faithfulness import evaluate
 from mxd_lens.models import load_model
+from mxd_lens.mxd import MxD
 from mxd_lens.train import Interrupted, TrainConfig, load_documents, train
 
 DEMO = TrainConfig(
@@ -53,7 +53,7 @@ def run_evaluation(
     cfg: TrainConfig, dataset: str | None = None, n_sequences: int = 64, model=None
 ) -> None:
     """Evaluate a finished run: results.json and page.html in its folder, a table on stdout."""
-    sae = SAE.load_from_disk(cfg.layer_path, device=cfg.device)
+    sae = MxD.load_from_disk(cfg.layer_path, device=cfg.device)
     model = model or load_model(cfg.model, cfg.model_class, cfg.device)
     text = load_documents(cfg)[1] if dataset is None else load_text(dataset)
     row, density = evaluate(model, sae, text, n_sequences=n_sequences, seed=cfg.seed)

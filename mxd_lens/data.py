@@ -116,14 +116,13 @@ def activations_store(
     autocast_lm: bool,
 ) -> ActivationsStore:
     """SAELens' store over both hooks of an MLP: one LM pass that stops at the layer."""
-    d_model = model.cfg.d_model
     # Half of the buffer is served between two shuffles: at least eight batches or LM passes.
     buffer = max(16 * batch_size, 16 * lm_batch_size * context_size // 2)
     return ActivationsStore.from_config_multi_hook(
         model,
         dataset=dataset,
         hook_names=list(hooks),
-        hook_d_ins=dict.fromkeys(hooks, d_model),
+        hook_d_ins={hook: int(model.cfg.d_model) for hook in hooks},
         context_size=context_size,
         n_batches_in_buffer=buffer // context_size,
         total_training_tokens=0,

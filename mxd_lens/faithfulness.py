@@ -60,22 +60,25 @@ def evaluate(
           ``experts_cosine``: mean cosine of ``a W_dec`` to its mean direction.
 
     Raises:
-        ValueError: the text is too short for a single batch.
+        ValueError: the text is too short for a single batch, or metadata is missing.
     """
     metadata = sae.cfg.metadata
-    hooks = (metadata.hook_name, metadata.hook_name_out)
+    if not (metadata.hook_name and metadata.hook_name_out and metadata.context_size):
+        raise ValueError("sae.cfg.metadata must say hook_name, hook_name_out and context_size")
+    hooks = (str(metadata.hook_name), str(metadata.hook_name_out))
+    context_size = int(metadata.context_size)
     store = activations_store(
         model,
         dataset,
         hooks,
-        context_size=metadata.context_size,
-        batch_size=batch_size * metadata.context_size,
+        context_size=context_size,
+        batch_size=batch_size * context_size,
         lm_batch_size=batch_size,
         device=str(sae.device),
         autocast_lm=False,
     )
     special = special_tokens(model).to(sae.device)
-    per_batch = batch_size * metadata.context_size
+    per_batch = batch_size * context_size
     batches = _token_batches(store, -(-n_tokens // (per_batch - batch_size)))
     alone, mean_experts, density = _measure_layer(sae, store, hooks, batches, special)
     in_model = _measure_in_model(
@@ -227,9 +230,9 @@ def _measure_in_model(
             sums[name] += cross_entropy(replaced)
             if name == "ce_replaced":
                 sums["kl"] += _kl(logits[:, :-1][predicted], replaced[:, :-1][predicted])
-                del logits
-            del replaced
-        sums["ce_zero_ablation"] += cross_entropy(run(torch.zeros_like(y_hat)))
+        sums["ce_zero_ablation"] += cross_entropy(
+            run(x.new_zeros(int(ordinary.sum()), sae.cfg.d_out))
+        )
         everywhere = model.run_with_hooks(
             tokens, fwd_hooks=[(hooks[1], lambda y, hook, x=x: sae(x))]
         )

@@ -327,7 +327,7 @@ def read_mlp(mlp: nn.Module) -> dict[str, Any]:
         ),
         None,
     )
-    act_fn = {"gelu_fast": "gelu_new", "swish": "silu"}.get(act_fn, act_fn)
+    act_fn = {"gelu_fast": "gelu_new", "swish": "silu"}.get(str(act_fn), act_fn)
     if act_fn not in ACTIVATIONS:
         raise ValueError(f"unknown activation {act_fn!r}; known: {', '.join(ACTIVATIONS)}")
 

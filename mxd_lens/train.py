@@ -292,7 +292,7 @@ def _stopping(stop: threading.Event) -> Iterator[None]:
 
     def handle(number: int, _: Any) -> None:
         stop.set()
-        signal.signal(number, handlers[number])
+        signal.signal(number, handlers[signal.Signals(number)])
 
     for number in signals:
         signal.signal(number, handle)

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from mxd_lens.kernels import to_dense, topk_gate, topk_relu, weighted_row_sum
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 D_IN, D_SAE, D_OUT = 6, 13, 4
 
 

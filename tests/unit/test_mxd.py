@@ -19,6 +19,8 @@ from torch.utils._pytree import tree_leaves
 from mxd_lens.mxd import ACTIVATIONS, MxD, MxDConfig, TrainingMxD, TrainingMxDConfig, read_mlp
 
 close = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-11)
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 close32 = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
 
 FORMULAS = {

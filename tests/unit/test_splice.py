@@ -12,6 +12,8 @@ from torch import nn
 from mxd_lens.mxd import MxD
 from mxd_lens.splice import get_mlp, splice
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
 
 HOOK_OUT = {
