@@ -33,6 +33,7 @@ from sae_lens.saes.sae import (
 )
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
+from transformers.activations import ACT2CLS
 
 from mxd_lens.kernels import to_dense, topk_gate, topk_relu, weighted_row_sum
 
@@ -318,15 +319,7 @@ def read_mlp(mlp: nn.Module) -> dict[str, Any]:
     if not isinstance(W_in, Tensor) or not isinstance(W_out, Tensor) or W_in.ndim != 2:
         raise ValueError(f"{type(mlp).__name__} has no single dense hidden layer to read")
     bridged = not hasattr(mlp, "cfg")
-    config = mlp.config if bridged else mlp.cfg
-    act_fn = next(
-        (
-            value
-            for name in ("activation_function", "hidden_activation", "hidden_act", "act_fn")
-            if (value := getattr(config, name, None)) is not None
-        ),
-        None,
-    )
+    act_fn = _bridged_act_fn(mlp) if bridged else mlp.cfg.act_fn
     act_fn = {"gelu_fast": "gelu_new", "swish": "silu"}.get(str(act_fn), act_fn)
     if act_fn not in ACTIVATIONS:
         raise ValueError(f"unknown activation {act_fn!r}; known: {', '.join(ACTIVATIONS)}")
@@ -349,6 +342,20 @@ def read_mlp(mlp: nn.Module) -> dict[str, Any]:
             weights["b_dec"] = weights["b_dec"] + weights["b_in"] @ W_out
             weights["b_in"] = torch.zeros_like(weights["b_in"])
     return weights
+
+
+def _bridged_act_fn(mlp: Any) -> str | None:
+    """The activation's name in a Hugging Face MLP: by its class, or else by the config."""
+    for attribute in ("act_fn", "act", "activation_fn"):
+        act = getattr(mlp.original_component, attribute, None)
+        for name, entry in ACT2CLS.items():
+            cls, kwargs = entry if isinstance(entry, tuple) else (entry, {})
+            if type(act) is cls and not kwargs:
+                return name
+    for attribute in ("activation_function", "hidden_activation", "hidden_act", "act_fn"):
+        if (name := getattr(mlp.config, attribute, None)) is not None:
+            return name
+    return None
 
 
 @dataclass(kw_only=True)
@@ -443,9 +450,10 @@ class TrainingMxD(MxD, TrainingSAE[TrainingMxDConfig]):  # type: ignore[misc]
         """
         self.renormalise()
         x, y = step_input.sae_in.split([self.cfg.d_in, self.cfg.d_out], dim=-1)
-        values, indices = self._gate(self._read(x))
+        inputs = self._read(x)
+        values, indices = self._gate(inputs)
         experts = weighted_row_sum(values, indices, _tangent(self.W_dec, -1))
-        y_hat = self._combine(x, experts).to(y.dtype)
+        y_hat = self._combine(inputs, experts).to(y.dtype)
         norm = y.norm(dim=-1, keepdim=True).clamp_min(1e-6)
         loss = ((y_hat - y).square() / norm).mean()
         return TrainStepOutput(

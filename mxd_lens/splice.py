@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from transformer_lens import HookedTransformer
 from transformer_lens.hook_points import HookPoint
+from transformer_lens.HookedRootModule import HookedRootModule
 from transformer_lens.model_bridge import TransformerBridge
 
 
@@ -39,14 +40,15 @@ class splice:
         for layer, module in layers.items():
             _check_fits(model, layer, module)
         self.model = model
-        self._originals: dict[int, nn.Module] = {}
+        self._originals: dict[int, tuple[nn.Module, dict[str, HookPoint]]] = {}
         for layer, module in layers.items():
             self._originals[layer] = _replace(model, layer, module)
 
     def restore(self) -> None:
         """Put the original MLPs back. Safe to call twice."""
         while self._originals:
-            _replace(self.model, *self._originals.popitem())
+            layer, (mlp, hooks) = self._originals.popitem()
+            _replace(self.model, layer, mlp, hooks)
 
     def __enter__(self) -> splice:
         return self
@@ -87,27 +89,45 @@ def _check_fits(model: Any, layer: int, module: nn.Module) -> None:
             )
 
 
-def _replace(model: Any, layer: int, module: nn.Module) -> nn.Module:
-    """Replace and return the MLP; the model's hook registry follows."""
+def _replace(
+    model: Any, layer: int, module: nn.Module, hooks: dict[str, HookPoint] | None = None
+) -> tuple[nn.Module, dict[str, HookPoint]]:
+    """Replace an MLP, the model's hook registry following.
+
+    Args:
+        hooks: the module's entries in a bridge's registry, where they are known.
+
+    Returns:
+        The old MLP, and its entries in a bridge's registry.
+    """
     block = model.blocks[layer]
     old = get_mlp(model, layer)
     if isinstance(model, HookedTransformer):
         block.mlp = module
         model.setup()
-        return old
+        _name_hooks(old)
+        return old, {}
     # A bridge's block mirrors a Hugging Face layer, which runs the MLP under its own name.
     huggingface_layer = block.original_component
     name = next(name for name, child in huggingface_layer.named_children() if child is old)
     setattr(huggingface_layer, name, module)
     block._modules["mlp"] = module
+    block.submodules["mlp"] = module
+    if isinstance(hook_out := getattr(module, "hook_out", None), HookPoint):
+        block.__dict__["hook_mlp_out"] = hook_out
     prefix = f"blocks.{layer}.mlp."
     registry = model._hook_registry
-    for hook_name in [hook_name for hook_name in registry if hook_name.startswith(prefix)]:
-        del registry[hook_name]
-    model._scan_existing_hooks(module, prefix.removesuffix("."))
-    block.__dict__["hook_mlp_out"] = _first_hook(module, block)
-    return old
+    removed = {name: registry.pop(name) for name in list(registry) if name.startswith(prefix)}
+    _name_hooks(old)
+    if hooks is None:
+        model._scan_existing_hooks(module, prefix.removesuffix("."))
+    else:
+        registry.update(hooks)
+    model._block_alias_cache = None
+    return old, removed
 
 
-def _first_hook(module: nn.Module, block: Any) -> HookPoint | None:
-    return getattr(module, "hook_out", None) or block.__dict__.get("hook_mlp_out")
+def _name_hooks(module: nn.Module) -> None:
+    """A layer taken out is its own root again, and so its hook points have its own names."""
+    if isinstance(module, HookedRootModule):
+        module.setup()

@@ -100,7 +100,10 @@ def tiny_hooked() -> HookedSAETransformer:
 
 @pytest.fixture
 def tiny_hooked_mlp() -> HookedSAETransformer:
-    return make_hooked(act_fn="gelu_new", normalization_type="LN")
+    # Rotary, for TransformerLens' cached generation goes wrong with learned positions.
+    return make_hooked(
+        act_fn="gelu_new", normalization_type="LN", positional_embedding_type="rotary"
+    )
 
 
 @pytest.fixture

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mxd_lens.kernels import to_dense, topk_gate, topk_relu, weighted_row_sum
 
@@ -164,6 +166,7 @@ def test_bfloat16_autocast_stays_close_to_float32():
     expected = value_and_grads(dense, inputs, k)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = sparse(*inputs, k)
+        assert topk_gate(*inputs[:3], k)[0].dtype == torch.float32
     weight = torch.linspace(-1, 2, out.numel()).view_as(out)
     found = [out, *torch.autograd.grad((out * weight).sum(), inputs)]
     for ours, theirs, leaf in zip(found, expected, [out, *inputs], strict=True):
@@ -193,3 +196,23 @@ def test_nothing_of_size_d_sae_is_saved_for_backward():
     assert any(D_SAE in shape for shape in saved_for_backward(dense, inputs, 3))
     shapes = saved_for_backward(sparse, inputs, 3)
     assert shapes and set(shapes) == {(50, 3)}
+
+
+def test_the_pre_activations_are_freed_by_the_end_of_forward():
+    made = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, Tensor) and out.shape == (50, D_SAE):
+                made.append(StorageWeakRef(out.untyped_storage()))
+            return out
+
+    inputs = draw(50)
+    with Record():
+        out = sparse(*inputs, 3)
+    assert made and all(storage.expired() for storage in made)
+    with Record():
+        out = dense(*inputs, 3)
+    assert not all(storage.expired() for storage in made)
+    assert out.requires_grad

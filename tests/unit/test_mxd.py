@@ -509,14 +509,13 @@ class TestTraining:
 
     def test_loss_and_gradients_are_the_plain_forms(self, mxd, batch):
         x, y = batch
+        step = training_loss(mxd, x, y)
         y_hat = reference(plain_weights(mxd), x, mxd.cfg)
         expected = torch.stack(
             [(y_hat[i, j] - y[i, j]) ** 2 / y[i].norm() for i in range(9) for j in range(4)]
         ).mean()
         learned = {name: p for name, p in mxd.named_parameters() if p.requires_grad}
         gradients = torch.autograd.grad(expected, list(learned.values()))
-
-        step = training_loss(mxd, x, y)
         close(step.loss, expected)
         close(step.sae_out, y_hat)
         close(step.sae_in, y)
