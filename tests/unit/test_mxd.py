@@ -574,6 +574,8 @@ class TestTraining:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_batches_of_another_dtype(self, mxd, batch, dtype):
         x, y = (tensor.to(dtype) for tensor in batch)
+        for _ in range(50):  # to where centring and norming leave W_dec alone
+            mxd.renormalise()
         expected = training_loss(mxd, x.double(), y.double()).loss
         loss = training_loss(mxd, x, y).loss
         torch.testing.assert_close(loss.double(), expected, rtol=0.02, atol=0)
