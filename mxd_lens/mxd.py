@@ -413,7 +413,12 @@ class TrainingMxD(MxD, TrainingSAE[TrainingMxDConfig]):  # type: ignore[misc]
         """Start the centred recipe from the MLP's own hidden units and a sample of its inputs.
 
         W_out stays zero. The gate's scale is set such that ``a W_dec`` has entries of size one.
+
+        Raises:
+            ValueError: the layer's recipe is another, or the MLP does not fit it.
         """
+        if self.cfg.recipe != "centred":
+            raise ValueError(f"start_from is the centred recipe's, this is {self.cfg.recipe!r}")
         self.copy_hidden_units(mlp_weights)
         self.gate_mean.copy_(mlp_in.mean(0))
         values, _ = self._gate(mlp_in.to(self.dtype))
@@ -425,7 +430,8 @@ class TrainingMxD(MxD, TrainingSAE[TrainingMxDConfig]):  # type: ignore[misc]
         """Rows of W_dec, and the centred gate's columns, back to unit norm.
 
         Centred experts, too: what all rows of W_dec share would make ``a W_dec`` constant and
-        the choice of experts idle, so it is taken out first.
+        the choice of experts idle, so it is taken out first. Norming brings a little of it back,
+        so repeated calls settle rather than stand still.
         """
         if self.cfg.recipe == "centred":
             self.W_dec.sub_(self.W_dec.mean(0))
@@ -448,6 +454,12 @@ class TrainingMxD(MxD, TrainingSAE[TrainingMxDConfig]):  # type: ignore[misc]
 
         ``sae_in`` of the result is the target, from which SAETrainer logs explained variance.
         """
+        width = self.cfg.d_in + self.cfg.d_out
+        if step_input.sae_in.shape[-1] != width:
+            raise ValueError(
+                f"a training batch has width {step_input.sae_in.shape[-1]}, need d_in + d_out = "
+                f"{width}: cat([mlp_in, mlp_out], -1)"
+            )
         self.renormalise()
         x, y = step_input.sae_in.split([self.cfg.d_in, self.cfg.d_out], dim=-1)
         inputs = self._read(x)

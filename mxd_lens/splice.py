@@ -110,10 +110,11 @@ def _replace(
     # A bridge's block mirrors a Hugging Face layer, which runs the MLP under its own name.
     huggingface_layer = block.original_component
     name = next(name for name, child in huggingface_layer.named_children() if child is old)
+    mirrored = block.__dict__.get("hook_mlp_out") is getattr(old, "hook_out", None)
     setattr(huggingface_layer, name, module)
     block._modules["mlp"] = module
     block.submodules["mlp"] = module
-    if isinstance(hook_out := getattr(module, "hook_out", None), HookPoint):
+    if mirrored and isinstance(hook_out := getattr(module, "hook_out", None), HookPoint):
         block.__dict__["hook_mlp_out"] = hook_out
     prefix = f"blocks.{layer}.mlp."
     registry = model._hook_registry
