@@ -319,7 +319,7 @@ def read_mlp(mlp: nn.Module) -> dict[str, Any]:
     if not isinstance(W_in, Tensor) or not isinstance(W_out, Tensor) or W_in.ndim != 2:
         raise ValueError(f"{type(mlp).__name__} has no single dense hidden layer to read")
     bridged = not hasattr(mlp, "cfg")
-    act_fn = _bridged_act_fn(mlp) if bridged else mlp.cfg.act_fn
+    act_fn = _bridged_act_fn(mlp) if bridged else getattr(mlp.cfg, "act_fn", None)
     act_fn = {"gelu_fast": "gelu_new", "swish": "silu"}.get(str(act_fn), act_fn)
     if act_fn not in ACTIVATIONS:
         raise ValueError(f"unknown activation {act_fn!r}; known: {', '.join(ACTIVATIONS)}")
