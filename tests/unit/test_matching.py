@@ -1,4 +1,5 @@
 import pytest
+import torch
 
 from mxd_lens import MxD, MxDConfig, matched_d_sae
 
