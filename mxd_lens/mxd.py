@@ -202,6 +202,10 @@ class MxD(SAE[MxDConfig]):
             )
         return self._combine(inputs, feature_acts.to(self.dtype) @ self.W_dec)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy takes along: not the input of an encode still to be decoded."""
+        return self.__dict__ | {"_to_decode": None}
+
     def _read(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self.cfg.d_in:
             raise ValueError(f"input has width {x.shape[-1]}, this MxD has d_in={self.cfg.d_in}")
@@ -530,7 +534,10 @@ def _as_coo(values: Tensor, indices: Tensor, d_sae: int) -> Tensor:
     batch, k = values.shape
     rows = torch.arange(batch, device=values.device).repeat_interleave(k)
     return torch.sparse_coo_tensor(
-        torch.stack([rows, indices.flatten()]), values.flatten(), (batch, d_sae)
+        torch.stack([rows, indices.flatten()]),
+        values.flatten(),
+        (batch, d_sae),
+        check_invariants=False,
     )
 
 

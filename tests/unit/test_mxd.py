@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from functools import partial
 
@@ -647,6 +648,25 @@ class TestStart:
         z = FORMULAS["silu"](mlp_in @ mlp.W_gate) * (mlp_in @ mlp.W_in)
         torch.testing.assert_close(mxd.hidden(mlp_in), z, rtol=1e-4, atol=1e-4)
         assert (mxd(mlp_in) == 0).all()
+
+    def test_the_papers_recipe_starts_at_random(self, started):
+        _, mlp_in, weights = started
+        cfg = TrainingMxDConfig(d_in=16, d_out=16, d_hidden=32, d_sae=512, recipe="paper")
+        with pytest.raises(ValueError, match="centred recipe"):
+            TrainingMxD(cfg).start_from(weights, mlp_in)
+
+    def test_a_batch_of_the_wrong_width(self, started):
+        mxd, mlp_in, _ = started
+        with pytest.raises(ValueError, match="width 16, need d_in \\+ d_out = 32"):
+            mxd.training_forward_pass(TrainStepInput(mlp_in, {}, None, 0, False))
+
+    def test_a_copy_between_encode_and_decode(self, started):
+        mxd, mlp_in, _ = started
+        acts = mxd.encode(mlp_in.requires_grad_())
+        other = copy.deepcopy(mxd)
+        with pytest.raises(RuntimeError, match="no encode"):
+            other.decode(acts)
+        close32(mxd.decode(acts), mxd(mlp_in))
 
     def test_starting_twice_changes_nothing(self, started):
         mxd, mlp_in, weights = started
