@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test unit bench format check-format check-type setup clean
+.PHONY: demo test unit search bench format check-format check-type setup clean
 
 demo: setup
 	$(BIN)/mxd-lens demo
@@ -13,6 +13,9 @@ test: setup
 
 unit: setup
 	$(BIN)/pytest tests/unit
+
+search: setup
+	$(BIN)/python tests/benchmarks/search_lr.py
 
 bench: setup
 	DEVICE=$(or $(DEVICE),cpu) $(BIN)/python tests/benchmarks/bench_step.py

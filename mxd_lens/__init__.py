@@ -4,24 +4,48 @@ Importing this package registers the architecture ``mxd`` with SAELens, so that
 ``SAE.load_from_disk`` and SAELens' trainer know it.
 """
 
+from mxd_lens.compare import CompareConfig, compare
 from mxd_lens.data import load_text, split_documents
 from mxd_lens.faithfulness import evaluate
 from mxd_lens.matching import matched_d_sae
 from mxd_lens.models import load_model
 from mxd_lens.mxd import MxD, MxDConfig, TrainingMxD, TrainingMxDConfig
+from mxd_lens.saelens_evals import at_output, run_evals
 from mxd_lens.splice import splice
 from mxd_lens.train import TrainConfig, train
+from mxd_lens.transcoder import (
+    TopKSkipTranscoder,
+    TopKSkipTranscoderConfig,
+    TopKTranscoder,
+    TopKTranscoderConfig,
+    TrainingTopKSkipTranscoder,
+    TrainingTopKSkipTranscoderConfig,
+    TrainingTopKTranscoder,
+    TrainingTopKTranscoderConfig,
+)
 
 __all__ = [
+    "CompareConfig",
     "MxD",
     "MxDConfig",
+    "TopKSkipTranscoder",
+    "TopKSkipTranscoderConfig",
+    "TopKTranscoder",
+    "TopKTranscoderConfig",
     "TrainConfig",
     "TrainingMxD",
     "TrainingMxDConfig",
+    "TrainingTopKSkipTranscoder",
+    "TrainingTopKSkipTranscoderConfig",
+    "TrainingTopKTranscoder",
+    "TrainingTopKTranscoderConfig",
+    "at_output",
+    "compare",
     "evaluate",
     "load_model",
     "load_text",
     "matched_d_sae",
+    "run_evals",
     "splice",
     "split_documents",
     "train",

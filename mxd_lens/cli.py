@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import math
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from sae_lens.constants import RUNNER_CFG_FILENAME
+from sae_lens.saes.sae import SAE
 from simple_parsing import ArgumentParser
 from transformers.utils.logging import disable_progress_bar
 
 from mxd_lens import plots
 from mxd_lens.assets import AssetError
+from mxd_lens.compare import CompareConfig, compare, measure_again
 from mxd_lens.data import load_text
 from mxd_lens.faithfulness import evaluate
 from mxd_lens.models import load_model
-from mxd_lens.mxd import MxD
+from mxd_lens.presets import PRESETS, Preset, dry_run
 from mxd_lens.train import Interrupted, TrainConfig, load_documents, train
 
-DEMO = TrainConfig(
-    model="demo:smollm2",
-    layer=6,
-    dataset="demo:wikipedia",
+DEMO = CompareConfig(
     output="runs/demo",
-    d_sae=6_911,
+    training_tokens=1_024_000,
+    architectures=["mxd", "topk_transcoder"],
+    k=[32],
     autocast=True,
 )
 
@@ -34,7 +37,7 @@ class EvaluateConfig:
     """Which run to evaluate, and on what."""
 
     run: str
-    """Output folder of `mxd-lens train`."""
+    """Output folder of `mxd-lens train` or `mxd-lens compare`."""
     dataset: str | None = None
     """Other text than the run's held-out documents, named as for train."""
     n_sequences: int = 64
@@ -53,10 +56,12 @@ def run_evaluation(
     cfg: TrainConfig, dataset: str | None = None, n_sequences: int = 64, model=None
 ) -> None:
     """Evaluate a finished run: results.json and page.html in its folder, a table on stdout."""
-    sae = MxD.load_from_disk(cfg.layer_path, device=cfg.device)
+    sae = SAE.load_from_disk(cfg.layer_path, device=cfg.device)
     model = model or load_model(cfg.model, cfg.model_class, cfg.device)
     text = load_documents(cfg)[1] if dataset is None else load_text(dataset)
-    row, density = evaluate(model, sae, text, n_sequences=n_sequences, seed=cfg.seed)
+    row, density = evaluate(
+        model, sae, text, n_sequences=n_sequences, autocast=cfg.autocast, seed=cfg.seed
+    )
     row["dataset"] = dataset or f"{cfg.dataset} (held out)"
     stem = "results" if dataset is None else f"results-{Path(dataset).stem.replace(':', '-')}"
     results = Path(cfg.output) / f"{stem}.json"
@@ -81,27 +86,49 @@ def run_train(cfg: TrainConfig) -> None:
         print(f"\nfound finished in {cfg.output}; delete that folder to run again")
 
 
+def show_preset(preset: Preset, cfg: TrainConfig) -> None:
+    """`mxd-lens train --preset ... --dry_run`."""
+    shapes = dry_run(preset, cfg)
+    total = sum(math.prod(shape) for shape in shapes.values())
+    print(json.dumps({"config": asdict(cfg), "shapes": shapes, "n_parameters": total}, indent=2))
+
+
 def run_evaluate(cfg: EvaluateConfig) -> None:
     """`mxd-lens evaluate`."""
     path = Path(cfg.run) / RUNNER_CFG_FILENAME
-    if not path.exists():
-        raise ValueError(f"{cfg.run} is not the output folder of a run: it has no {path.name}")
-    train_cfg = TrainConfig(**json.loads(path.read_text()), output=cfg.run)
-    if not train_cfg.layer_path.exists():
-        raise ValueError(f"the run in {cfg.run} is not finished: run its train command again")
-    run_evaluation(train_cfg, cfg.dataset, cfg.n_sequences)
+    if path.exists():
+        train_cfg = TrainConfig(**json.loads(path.read_text()), output=cfg.run)
+        if not train_cfg.layer_path.exists():
+            raise ValueError(f"the run in {cfg.run} is not finished: run its train command again")
+        run_evaluation(train_cfg, cfg.dataset, cfg.n_sequences)
+    elif cfg.dataset is None:
+        raise ValueError(f"say on which --dataset to measure the layers in {cfg.run}")
+    else:
+        rows = measure_again(Path(cfg.run), cfg.dataset, cfg.n_sequences)
+        print(plots.comparison_table(rows))
+
+
+def run_compare(cfg: CompareConfig) -> None:
+    """`mxd-lens compare`."""
+    rows = compare(cfg)
+    print(f"\n{plots.comparison_table(rows)}\n")
+    print(f"{cfg.output}/results.json  {cfg.output}/results.html")
 
 
 def run_demo(cfg: DemoConfig) -> None:
     """`mxd-lens demo`."""
-    run_train(TrainConfig(**{**asdict(DEMO), "output": cfg.output}))
+    cfg = replace(DEMO, output=cfg.output)
+    rows = compare(cfg)
+    print(f"\n{plots.table(rows[0])}\n\n{plots.comparison_table(rows)}\n")
+    mxd = next(iter(cfg.runs().values()))
+    print(f"{cfg.output}/results.json  {cfg.output}/results.html  {mxd.layer_path}")
 
 
 COMMANDS = {
     "demo": (
         DemoConfig,
         run_demo,
-        "SmolLM2-135M, layer 6, Wikipedia: train, swap in, measure; about 10 minutes on 2 cores",
+        "SmolLM2-135M, layer 6, Wikipedia: an MxD and a transcoder; about 12 minutes on 2 cores",
         "mxd-lens demo",
     ),
     "train": (
@@ -110,10 +137,16 @@ COMMANDS = {
         "train an MxD on a language model's MLP and measure it on held-out documents",
         "mxd-lens train --model gpt2 --layer 8 --dataset stas/openwebtext-10k --output runs/gpt2",
     ),
+    "compare": (
+        CompareConfig,
+        run_compare,
+        "train MxD, transcoders and SAE at several k on the same text; draw the frontier",
+        "mxd-lens compare --layer 6 --k 8 16 32 64 --expansion 16 --autocast true",
+    ),
     "evaluate": (
         EvaluateConfig,
         run_evaluate,
-        "measure a finished run again, on its held-out documents or on other text",
+        "measure a run, or all layers of a comparison, on other text",
         "mxd-lens evaluate --run runs/demo --dataset demo:state-of-the-union",
     ),
 }
@@ -121,17 +154,33 @@ COMMANDS = {
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a command; whatever the user can mend is one sentence and exit code 1."""
+    before = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    before.add_argument("--preset")
+    preset = PRESETS.get(before.parse_known_args(arguments)[0].preset)
+
     parser = ArgumentParser(prog="mxd-lens", description="Mixtures of Decoders.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (config, _, description, example) in COMMANDS.items():
         command = commands.add_parser(
             name, help=description, description=f"{description}. Example: {example}"
         )
-        command.add_arguments(config, dest="cfg")
+        values = None
+        if config is TrainConfig:
+            values = preset and preset.train_config()
+            command.add_argument(
+                "--preset", choices=PRESETS, help="One of the paper's settings, to start from."
+            )
+            command.add_argument(
+                "--dry_run", action="store_true", help="With a preset: show it, train nothing."
+            )
+        command.add_arguments(config, dest="cfg", default=values)
     disable_progress_bar()
     try:
         chosen = parser.parse_args(arguments)
-        COMMANDS[chosen.command][1](chosen.cfg)
+        if preset and chosen.dry_run:
+            show_preset(preset, chosen.cfg)
+        else:
+            COMMANDS[chosen.command][1](chosen.cfg)
     except (ValueError, AssetError) as error:
         sys.exit(f"mxd-lens: {error}")
     except Interrupted as error:

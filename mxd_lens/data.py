@@ -1,8 +1,14 @@
-"""Text: load it, split it by document, turn it into (mlp_in, mlp_out) pairs."""
+"""Text: load it, split it by document, turn it into (mlp_in, mlp_out) pairs.
+
+Pairs come from the language model as training goes (`pairs`), or from a folder that one pass of
+the model has filled for many training runs (`cache_pairs`, `cached_pairs`).
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +19,8 @@ from jaxtyping import Float
 from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.util import get_special_token_ids
 from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
+from tqdm.auto import tqdm
 
 from mxd_lens import assets
 
@@ -152,15 +160,123 @@ def pairs(store: ActivationsStore, hooks: tuple[str, str]) -> Iterator[Float[Ten
         except (StopIteration, RuntimeError, ValueError) as error:
             if isinstance(error, RuntimeError) and not isinstance(error.__cause__, StopIteration):
                 raise
-            raise ValueError(
-                f"the text is too short: it has fewer than {store.store_batch_size_prompts} "
-                f"sequences of {store.context_size} tokens"
-            ) from error
-        pair = torch.cat([batch[hook].float() for hook in hooks], dim=-1)
-        if not pair.isfinite().all():
-            wrong = [hook for hook in hooks if not batch[hook].isfinite().all()]
-            raise NonFiniteActivations(
-                f"inf or nan in the activations at {' and '.join(wrong)}: the language model "
-                "overflows on this text; load it in float32, without autocast"
-            )
-        yield pair
+            raise _too_short(store) from error
+        yield _pair(batch, hooks)
+
+
+def _pair(acts: dict[str, Tensor], hooks: tuple[str, str]) -> Float[Tensor, "tokens d"]:
+    pair = torch.cat([acts[hook].float() for hook in hooks], dim=-1)
+    if not pair.isfinite().all():
+        wrong = [hook for hook in hooks if not acts[hook].isfinite().all()]
+        raise NonFiniteActivations(
+            f"inf or nan in the activations at {' and '.join(wrong)}: the language model "
+            "overflows on this text; load it in float32, without autocast"
+        )
+    return pair
+
+
+def _too_short(store: ActivationsStore) -> ValueError:
+    return ValueError(
+        f"the text is too short: it has fewer than {store.store_batch_size_prompts} "
+        f"sequences of {store.context_size} tokens"
+    )
+
+
+def cache_pairs(
+    folder: Path,
+    store: ActivationsStore,
+    hooks: tuple[str, str],
+    n_tokens: int,
+    source: dict[str, Any],
+) -> None:
+    """Put the pairs of n_tokens ordinary tokens into a folder, or as many as it lacks.
+
+    ``pairs.bin`` holds rows of d_in + d_out numbers of the dtype that ``cfg.json`` names:
+    bfloat16 where the language model runs under autocast, which reads no more of them than that.
+    An interrupted call goes on where it stopped, without the model's reading anything twice.
+
+    Args:
+        source: all that decides what the pairs are; recorded, and compared.
+
+    Raises:
+        ValueError: too little text, or a folder with the pairs of another source.
+        NonFiniteActivations: the model produced inf or nan.
+    """
+    cfg = _read_cache_cfg(folder) or {"source": source, "n_tokens": 0, "n_lm_batches": 0}
+    different = [name for name in source if source[name] != cfg["source"].get(name)]
+    if different:
+        raise ValueError(
+            f"{folder} holds activations with other {', '.join(different)}: "
+            "choose another folder or delete that one"
+        )
+    if cfg["n_tokens"] >= n_tokens:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    dtype = torch.bfloat16 if store.autocast_lm else torch.float32
+    special = special_tokens(store.model).to(store.device)
+    with (
+        (folder / _PAIRS).open("ab") as file,
+        tqdm(desc="Language model", total=n_tokens, initial=cfg["n_tokens"], unit="tok") as bar,
+    ):
+        file.truncate(cfg["n_tokens"] * cfg.get("width", 0) * dtype.itemsize)
+        for i in count():
+            try:
+                tokens = store.get_batch_tokens()
+            except StopIteration as error:
+                raise _too_short(store) from error
+            if i < cfg["n_lm_batches"]:
+                continue
+            acts = store.get_multi_hook_activations(tokens)
+            keep = ~torch.isin(tokens, special)
+            pair = _pair({hook: acts[hook][keep] for hook in hooks}, hooks)
+            pair.to(dtype).cpu().view(torch.uint8).numpy().tofile(file)
+            file.flush()
+            cfg |= {
+                "n_tokens": cfg["n_tokens"] + len(pair),
+                "n_lm_batches": i + 1,
+                "width": pair.shape[-1],
+                "dtype": str(dtype).removeprefix("torch."),
+            }
+            unfinished = folder / f"{_CACHE_CFG}.unfinished"
+            unfinished.write_text(json.dumps(cfg, indent=2))
+            unfinished.replace(folder / _CACHE_CFG)
+            bar.update(len(pair))
+            if cfg["n_tokens"] >= n_tokens:
+                return
+
+
+def cached_pairs(
+    folder: Path, n_tokens: int, batch_size: int, seed: int
+) -> Iterator[Float[Tensor, "batch d"]]:
+    """Batches like those of `pairs`, out of the first n_tokens that `cache_pairs` has put there.
+
+    Shuffled as a whole by the seed, so that every layer trained with it sees the same batches.
+    """
+    rows = stored_pairs(folder, n_tokens)
+    order = RandomSampler(range(n_tokens), generator=torch.Generator().manual_seed(seed))
+    sampler = BatchSampler(order, batch_size, drop_last=True)
+    loader = DataLoader(TensorDataset(rows), sampler=sampler, batch_size=None)
+    while True:
+        for (batch,) in loader:
+            yield batch.float()
+
+
+def stored_pairs(folder: Path, n_tokens: int) -> Float[Tensor, "n_tokens d"]:
+    """The first n_tokens pairs in a folder of `cache_pairs`, in the text's order, left on disk.
+
+    Raises:
+        ValueError: it holds fewer.
+    """
+    cfg = _read_cache_cfg(folder)
+    if cfg is None or cfg["n_tokens"] < n_tokens:
+        raise ValueError(f"{folder} does not hold the activations of {n_tokens:,} tokens")
+    size, dtype = n_tokens * cfg["width"], getattr(torch, cfg["dtype"])
+    return torch.from_file(str(folder / _PAIRS), size=size, dtype=dtype).view(n_tokens, -1)
+
+
+def _read_cache_cfg(folder: Path) -> dict[str, Any] | None:
+    path = folder / _CACHE_CFG
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+_PAIRS, _CACHE_CFG = "pairs.bin", "cfg.json"

@@ -21,21 +21,19 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from sae_lens.registry import register_sae_class, register_sae_training_class
 from sae_lens.saes.sae import (
-    SAE,
     SAEConfig,
-    TrainingSAE,
     TrainingSAEConfig,
-    TrainStepInput,
-    TrainStepOutput,
 )
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from transformers.activations import ACT2CLS
 
-from mxd_lens.kernels import to_dense, topk_gate, topk_relu, weighted_row_sum
+from mxd_lens.kernels import topk_gate, topk_relu
+from mxd_lens.layer import TopKLayer, TrainingTopKLayer, check_topk, watched
+from mxd_lens.objective import tangent
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -82,29 +80,14 @@ class MxDConfig(SAEConfig):
 
 
 def _check(cfg: MxDConfig | TrainingMxDConfig) -> None:
-    for name in ("d_in", "d_out", "d_hidden", "d_sae"):
-        if getattr(cfg, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(cfg, name)}")
-    if not 1 <= cfg.k <= cfg.d_sae:
-        raise ValueError(
-            f"k={cfg.k} experts cannot be active out of d_sae={cfg.d_sae}: need 1 <= k <= d_sae"
-        )
+    check_topk(cfg, "experts")
     if cfg.act_fn not in ACTIVATIONS:
         raise ValueError(
             f"unknown activation act_fn={cfg.act_fn!r}; known: {', '.join(ACTIVATIONS)}"
         )
-    if cfg.apply_b_dec_to_input:
-        raise ValueError("apply_b_dec_to_input: b_dec is an output bias here, it has no input side")
-    if cfg.normalize_activations != "none" or cfg.reshape_activations != "none":
-        raise ValueError("an MxD takes normalize_activations='none', reshape_activations='none'")
 
 
-def _watched(hook: nn.Module) -> bool:
-    """Whether anyone looks at this hook point."""
-    return bool(hook._forward_hooks or hook._backward_hooks)
-
-
-class MxD(SAE[MxDConfig]):
+class MxD(TopKLayer):
     """A Mixture of Decoders for inference: an MLP to TransformerLens, an SAE to SAELens.
 
     Parameters (``cfg.dtype``):
@@ -121,7 +104,7 @@ class MxD(SAE[MxDConfig]):
     ``hook_out`` [.., d_out]. Unlooked-at coefficients are never written out densely.
     """
 
-    b_enc: nn.Parameter
+    cfg: MxDConfig
     W_in: nn.Parameter
     b_in: nn.Parameter
     W_gate: nn.Parameter
@@ -130,93 +113,27 @@ class MxD(SAE[MxDConfig]):
 
     def __init__(self, cfg: Any):
         super().__init__(cfg)
-        self.hook_in = HookPoint()
         self.hook_experts = HookPoint()
         self.hook_pre = HookPoint()
         if cfg.gated:
             self.hook_pre_linear = HookPoint()
         self.hook_post = HookPoint()
         self.hook_shared = HookPoint()
-        self.hook_out = HookPoint()
-        self._to_decode: Tensor | None = None
         self.setup()
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
         """As the reference: linear layers uniform in +-1/sqrt(fan_in), W_out = 0 so that the
         output starts at b_dec = 0, rows of W_dec uniform and scaled to unit norm."""
+        super().initialize_weights()
         cfg = self.cfg
-        new = partial(torch.empty, dtype=self.dtype, device=self.device)
-
-        def linear(rows: int, columns: int) -> nn.Parameter:
-            bound = cfg.d_in**-0.5
-            return nn.Parameter(new(rows, columns).uniform_(-bound, bound))
-
-        # Experts are read one by one, so W_enc's columns are kept contiguous in memory.
-        self.W_enc = nn.Parameter(linear(cfg.d_sae, cfg.d_in).data.T)
-        self.b_enc = nn.Parameter(new(cfg.d_sae).zero_())
-        self.W_dec = nn.Parameter(F.normalize(new(cfg.d_sae, cfg.d_out).uniform_(-1, 1), dim=-1))
-        self.W_in = linear(cfg.d_in, cfg.d_hidden)
-        self.b_in = nn.Parameter(new(cfg.d_hidden).zero_())
+        self.W_in = nn.Parameter(self._uniform(cfg.d_in, cfg.d_hidden))
+        self.b_in = nn.Parameter(self._zeros(cfg.d_hidden))
         if cfg.gated:
-            self.W_gate = linear(cfg.d_in, cfg.d_hidden)
-            self.b_gate = nn.Parameter(new(cfg.d_hidden).zero_())
-        self.W_out = nn.Parameter(new(cfg.d_hidden, cfg.d_out).zero_())
-        self.b_dec = nn.Parameter(new(cfg.d_out).zero_())
-
-    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
-        """The layer's output, in x's dtype.
-
-        Raises:
-            ValueError: the last dimension of x is not d_in.
-        """
-        inputs = self._read(x)
-        values, indices = self._gate(inputs)
-        if _watched(self.hook_sae_acts_post):
-            acts = self.hook_sae_acts_post(to_dense(values, indices, self.cfg.d_sae))
-            experts = acts @ self.W_dec
-        else:
-            experts = weighted_row_sum(values, indices, self.W_dec)
-        y = self._combine(inputs, experts)
-        return self.hook_out(self.hook_sae_output(y.to(x.dtype)))
-
-    def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
-        """The experts' coefficients, written out densely. The next `decode` belongs to this x."""
-        inputs = self._read(x)
-        self._to_decode = inputs
-        return self.hook_sae_acts_post(to_dense(*self._gate(inputs), self.cfg.d_sae))
-
-    def decode(self, feature_acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_out"]:
-        """The output for these coefficients and the input of the last `encode`, which it uses up.
-
-        Raises:
-            RuntimeError: no `encode` came before, or one of another batch shape. The output of
-                an MxD depends on its input besides the coefficients, so there is none to give.
-        """
-        inputs, self._to_decode = self._to_decode, None
-        if inputs is None or inputs.shape[:-1] != feature_acts.shape[:-1]:
-            seen = "no encode" if inputs is None else f"an encode of {tuple(inputs.shape)}"
-            raise RuntimeError(
-                f"decode of coefficients {tuple(feature_acts.shape)} after {seen}: an MxD's "
-                "experts act on its input, so call encode(x) first, then decode once"
-            )
-        return self._combine(inputs, feature_acts.to(self.dtype) @ self.W_dec)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What a copy takes along: not the input of an encode still to be decoded."""
-        return self.__dict__ | {"_to_decode": None}
-
-    def _read(self, x: Tensor) -> Tensor:
-        if x.shape[-1] != self.cfg.d_in:
-            raise ValueError(f"input has width {x.shape[-1]}, this MxD has d_in={self.cfg.d_in}")
-        return self.hook_sae_input(self.hook_in(x.to(self.dtype)))
-
-    def _gate(
-        self, x: Float[Tensor, "*batch d_in"]
-    ) -> tuple[Float[Tensor, "*batch k"], Int[Tensor, "*batch k"]]:
-        if _watched(self.hook_sae_acts_pre):
-            return topk_relu(self.hook_sae_acts_pre(x @ self.W_enc + self.b_enc), self.cfg.k)
-        return topk_gate(x, self.W_enc, self.b_enc, self.cfg.k)
+            self.W_gate = nn.Parameter(self._uniform(cfg.d_in, cfg.d_hidden))
+            self.b_gate = nn.Parameter(self._zeros(cfg.d_hidden))
+        self.W_out = nn.Parameter(self._zeros(cfg.d_hidden, cfg.d_out))
+        self.b_dec = nn.Parameter(self._zeros(cfg.d_out))
 
     def hidden(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_hidden"]:
         """The dense hidden units z."""
@@ -289,19 +206,6 @@ class MxD(SAE[MxDConfig]):
         for name in ("W_in", "b_in", "W_gate", "b_gate"):
             if name in mlp_weights:
                 getattr(self, name).copy_(mlp_weights[name])
-
-    def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
-        state_dict["W_enc"] = state_dict["W_enc"].contiguous()
-
-    def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
-        expected = {name: tuple(p.shape) for name, p in self.state_dict().items()}
-        found = {name: tuple(p.shape) for name, p in state_dict.items()}
-        if expected != found:
-            wrong = sorted(expected.items() ^ found.items())
-            raise ValueError(
-                f"these weights are not those of an MxD with this cfg.json; they differ in {wrong}"
-            )
-        state_dict["W_enc"] = state_dict["W_enc"].T.contiguous().T
 
 
 @torch.no_grad()
@@ -393,7 +297,7 @@ class TrainingMxDConfig(TrainingSAEConfig):
             raise ValueError(f"recipe must be 'centred' or 'paper', got {self.recipe!r}")
 
 
-class TrainingMxD(MxD, TrainingSAE[TrainingMxDConfig]):  # type: ignore[misc]
+class TrainingMxD(MxD, TrainingTopKLayer):
     """The MxD as `SAETrainer` trains it, on batches ``cat([mlp_in, mlp_out], -1)``.
 
     Beside MxD's parameters, for the centred recipe: ``gate_mean`` [d_in] (a buffer) and
@@ -406,9 +310,8 @@ class TrainingMxD(MxD, TrainingSAE[TrainingMxDConfig]):  # type: ignore[misc]
     def initialize_weights(self) -> None:
         super().initialize_weights()
         if self.cfg.recipe == "centred":
-            zeros = partial(torch.zeros, dtype=self.dtype, device=self.device)
-            self.register_buffer("gate_mean", zeros(self.cfg.d_in))
-            self.log_gate_scale = nn.Parameter(zeros(()))
+            self.register_buffer("gate_mean", self._zeros(self.cfg.d_in))
+            self.log_gate_scale = nn.Parameter(self._zeros())
             self.b_enc.requires_grad_(False)
             self.renormalise()
 
@@ -440,56 +343,18 @@ class TrainingMxD(MxD, TrainingSAE[TrainingMxDConfig]):  # type: ignore[misc]
         if self.cfg.recipe == "centred":
             self.W_dec.sub_(self.W_dec.mean(0))
             self.W_enc.copy_(F.normalize(self.W_enc, dim=0))
-        self.W_dec.copy_(F.normalize(self.W_dec, dim=-1))
+        super().renormalise()
 
     def _gate(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if self.cfg.recipe == "paper":
             return super()._gate(x)
         scale = self.log_gate_scale.exp()
         x = x - self.gate_mean
-        if _watched(self.hook_sae_acts_pre):
+        if watched(self.hook_sae_acts_pre):
             pre = self.hook_sae_acts_pre(x @ self.W_enc * scale)
             return topk_relu(pre, self.cfg.k)
-        values, indices = topk_gate(x, _tangent(self.W_enc, 0), self.b_enc, self.cfg.k)
+        values, indices = topk_gate(x, tangent(self.W_enc, 0), self.b_enc, self.cfg.k)
         return values * scale, indices
-
-    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        """Loss: mean over tokens and outputs of ``(y_hat - y)^2 / ||y||_2`` (the reference's).
-
-        ``sae_in`` of the result is the target, from which SAETrainer logs explained variance.
-        """
-        width = self.cfg.d_in + self.cfg.d_out
-        if step_input.sae_in.shape[-1] != width:
-            raise ValueError(
-                f"a training batch has width {step_input.sae_in.shape[-1]}, need d_in + d_out = "
-                f"{width}: cat([mlp_in, mlp_out], -1)"
-            )
-        self.renormalise()
-        x, y = step_input.sae_in.split([self.cfg.d_in, self.cfg.d_out], dim=-1)
-        inputs = self._read(x)
-        values, indices = self._gate(inputs)
-        experts = weighted_row_sum(values, indices, _tangent(self.W_dec, -1))
-        y_hat = self._combine(inputs, experts).to(y.dtype)
-        norm = y.norm(dim=-1, keepdim=True).clamp_min(1e-6)
-        loss = ((y_hat - y).square() / norm).mean()
-        return TrainStepOutput(
-            sae_in=y,
-            sae_out=y_hat,
-            feature_acts=_as_coo(values.detach(), indices, self.cfg.d_sae),
-            hidden_pre=values,
-            loss=loss,
-            losses={"mse_loss": loss.detach()},
-        )
-
-    def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        acts = self.encode(x)
-        return acts, acts
-
-    def calculate_aux_loss(self, *_: Any, **__: Any) -> dict[str, Tensor]:
-        return {}
-
-    def get_coefficients(self) -> dict[str, Any]:
-        return {}
 
     def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
         """Fold gate_mean and scale into an ordinary gate."""
@@ -498,47 +363,6 @@ class TrainingMxD(MxD, TrainingSAE[TrainingMxDConfig]):  # type: ignore[misc]
             state_dict["W_enc"] = state_dict["W_enc"] * scale
             state_dict["b_enc"] = -(state_dict.pop("gate_mean") @ state_dict["W_enc"])
         super().process_state_dict_for_saving_inference(state_dict)
-
-    @torch.no_grad()
-    def to_inference(self) -> MxD:
-        """The MxD that `save_inference_model` would write."""
-        state_dict = {name: p.detach().clone() for name, p in self.state_dict().items()}
-        self.process_state_dict_for_saving_inference(state_dict)
-        mxd = MxD(MxDConfig.from_dict(self.cfg.get_inference_sae_cfg_dict()))
-        mxd.process_state_dict_for_loading(state_dict)
-        mxd.load_state_dict(state_dict)
-        return mxd
-
-
-class _Tangent(torch.autograd.Function):
-    """The identity on vectors of unit norm; its gradient loses the component along them."""
-
-    @staticmethod
-    def forward(ctx, W: Tensor, dim: int) -> Tensor:
-        ctx.save_for_backward(W)
-        ctx.dim = dim
-        return W.view_as(W)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        (W,) = ctx.saved_tensors
-        return grad - W * (W * grad).sum(ctx.dim, keepdim=True), None
-
-
-def _tangent(W: Tensor, dim: int) -> Tensor:
-    return _Tangent.apply(W, dim)  # type: ignore[return-value]
-
-
-def _as_coo(values: Tensor, indices: Tensor, d_sae: int) -> Tensor:
-    """[batch, k] coefficients as the sparse [batch, d_sae] that SAETrainer counts firings of."""
-    batch, k = values.shape
-    rows = torch.arange(batch, device=values.device).repeat_interleave(k)
-    return torch.sparse_coo_tensor(
-        torch.stack([rows, indices.flatten()]),
-        values.flatten(),
-        (batch, d_sae),
-        check_invariants=False,
-    )
 
 
 register_sae_class("mxd", MxD, MxDConfig)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,18 +58,121 @@ def firing(density: Float[Tensor, "d_sae"]) -> go.Figure:
     )
 
 
-def write_page(path: Path, row: dict[str, Any], density: Float[Tensor, "d_sae"]) -> None:
-    """One HTML file with everything inside: the numbers as a table, and the figures."""
-    figures = [losses(row), firing(density)]
-    plots = "".join(
-        figure.to_html(full_html=False, include_plotlyjs=(i == 0), default_height=420)
-        for i, figure in enumerate(figures)
+LABELS = {
+    "mxd": "MxD",
+    "mxd:paper": "MxD, paper's recipe",
+    "topk_transcoder": "transcoder",
+    "topk_skip_transcoder": "skip transcoder",
+    "topk": "SAE of the MLP's output",
+}
+
+
+def label(name: str) -> str:
+    """What a layer is called for people."""
+    return LABELS.get(name, name)
+
+
+def frontier(
+    rows: list[dict[str, Any]], key: str, title: str, lines: dict[str, float]
+) -> go.Figure:
+    """A measurement against k, one line per architecture: means over seeds, and their range.
+
+    Args:
+        key: the measurement.
+        title: its name and unit.
+        lines: reference values.
+    """
+    figure = go.Figure()
+    for name in dict.fromkeys(row["name"] for row in rows):
+        at: dict[int, list[float]] = {}
+        for row in rows:
+            if row["name"] == name and row["k"] is not None:
+                at.setdefault(row["k"], []).append(row[key])
+        ks = sorted(at)
+        means = [sum(at[k]) / len(at[k]) for k in ks]
+        figure.add_scatter(
+            x=ks,
+            y=means,
+            name=label(name),
+            mode="lines+markers",
+            error_y={
+                "array": [max(at[k]) - mean for k, mean in zip(ks, means, strict=True)],
+                "arrayminus": [mean - min(at[k]) for k, mean in zip(ks, means, strict=True)],
+            },
+            customdata=[len(at[k]) for k in ks],
+            hovertemplate="k = %{x}: %{y:.5f}<br>seeds: %{customdata}",
+        )
+    for text, value in lines.items():
+        figure.add_hline(y=value, line_dash="dot", annotation_text=text)
+    ks = sorted({row["k"] for row in rows if row["k"] is not None})
+    buttons = [
+        {"label": scale, "method": "relayout", "args": [{"yaxis.type": scale}]}
+        for scale in ("linear", "log")
+    ]
+    return figure.update_layout(
+        title=title,
+        xaxis={"title": "k, experts or units active per token", "type": "log", "tickvals": ks},
+        yaxis={"title": title, "automargin": True},
+        legend={"orientation": "h", "y": -0.25},
+        updatemenus=[{"buttons": buttons, "type": "buttons", "direction": "left", "y": 1.15}],
+        template="plotly_white",
     )
+
+
+def write_frontier_page(path: Path, rows: list[dict[str, Any]]) -> None:
+    """The sparsity-accuracy frontier of a comparison, and all its numbers."""
+    removed = {"MLP removed": rows[0]["ce_zero_ablation"] - rows[0]["ce_original"]}
+    shuffled = [
+        row | {"cost": row["ce_shuffled_gate_matched"] - row["ce_original"]} for row in rows
+    ]
+    figures = [
+        frontier(
+            rows,
+            "ce_increase",
+            "increase in cross-entropy (nats per token)",
+            removed | {"original model": 0.0},
+        ),
+        frontier(rows, "fvu", "fraction of variance unexplained", {}),
+        frontier(
+            shuffled,
+            "cost",
+            "cross-entropy lost by shuffling coefficients, norms kept (nats per token)",
+            removed,
+        ),
+    ]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
+    body = "".join(
+        "<tr>"
+        + "".join(f"<td>{html.escape(_show(row.get(name)))}</td>" for name in names)
+        + "</tr>"
+        for row in rows
+    )
+    title = f"Layers in place of the MLP at {rows[0]['hook_name_out']} of {rows[0]['model_name']}"
+    note = (
+        "The MxD starts from the original MLP's hidden units, which no transcoder can; the paper's "
+        "recipe and all others start at random."
+    )
+    _write(path, title, figures, f"<p>{note}</p>", f"<thead><tr>{head}</tr></thead>{body}")
+
+
+def write_page(path: Path, row: dict[str, Any], density: Float[Tensor, "d_sae"]) -> None:
+    """One layer's numbers as a table, and figures."""
     cells = "".join(
         f"<tr><th>{html.escape(name)}</th><td>{html.escape(_show(value))}</td></tr>"
         for name, value in row.items()
     )
-    title = html.escape(f"{row['architecture']} at {row['hook_name']} of {row['model_name']}")
+    title = f"{row['architecture']} at {row['hook_name']} of {row['model_name']}"
+    _write(path, title, [losses(row), firing(density)], "", cells)
+
+
+def _write(path: Path, title: str, figures: list[go.Figure], text: str, table: str) -> None:
+    """One HTML file with everything inside."""
+    plots = "".join(
+        figure.to_html(full_html=False, include_plotlyjs=(i == 0), default_height=480)
+        for i, figure in enumerate(figures)
+    )
+    title = html.escape(title)
     path.write_text(
         f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
@@ -77,12 +181,39 @@ def write_page(path: Path, row: dict[str, Any], density: Float[Tensor, "d_sae"])
 <style>
 body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto;
   padding: 0 1rem }}
+.table {{ overflow-x: auto }}
 th {{ text-align: left; font-weight: 500; padding-right: 2rem }}
-td {{ text-align: right; font-variant-numeric: tabular-nums }}
-</style></head><body><h1>{title}</h1>{plots}<table>{cells}</table></body></html>
+td {{ text-align: right; font-variant-numeric: tabular-nums; padding-right: 1rem }}
+</style></head><body><h1>{title}</h1>{text}{plots}<div class="table"><table>{table}</table></div>
+</body></html>
 """,
         encoding="utf-8",
     )
+
+
+def comparison_table(rows: list[dict[str, Any]]) -> str:
+    """The numbers that decide, a layer a line, as Markdown."""
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "layer": lambda row: label(row["name"]),
+        "k": lambda row: str(row["k"]),
+        "seed": lambda row: str(row["seed"]),
+        "CE increase": lambda row: f"{row['ce_increase']:.4f}",
+        "recovered": lambda row: f"{row['ce_recovered']:.1%}",
+        "FVU": lambda row: f"{row['fvu']:.3f}",
+        "shuffled, norms kept": lambda row: (
+            f"+{row['ce_shuffled_gate_matched'] - row['ce_original']:.4f}"
+        ),
+        "alive": lambda row: f"{row['alive_fraction']:.0%}",
+        "always on": lambda row: str(row["always_on"]),
+        "parameters": lambda row: f"{row['n_parameters']:,}",
+    }
+    for i, scores in enumerate(rows[0].get("probe", ())):
+        columns[f"probe F1, top {scores['n_features']}"] = lambda row, i=i: (
+            f"{row['probe'][i]['f1']:.3f}"
+        )
+    lines = [list(columns), ["---"] * len(columns)]
+    lines += [[show(row) for show in columns.values()] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def table(row: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Train an MxD on a language model with SAELens' trainer: text in, a layer on disk out."""
+"""Train a layer on a language model with SAELens' trainer: text in, a layer on disk out."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from typing import Any
 import torch
 from sae_lens.config import SAETrainerConfig
 from sae_lens.constants import RUNNER_CFG_FILENAME, SPARSITY_FILENAME
-from sae_lens.saes.sae import SAEMetadata
+from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
+from sae_lens.saes.sae import SAE, SAEMetadata, TrainingSAE, TrainingSAEConfig
 from sae_lens.training.sae_trainer import SAETrainer
 from safetensors.torch import save_file
 from torch import Tensor
@@ -26,19 +28,24 @@ from mxd_lens.data import (
     NonFiniteActivations,
     Text,
     activations_store,
+    cache_pairs,
+    cached_pairs,
     load_text,
     pairs,
     split_documents,
 )
 from mxd_lens.matching import matched_d_sae
 from mxd_lens.models import ModelClass, load_model, mlp_hooks
-from mxd_lens.mxd import MxD, Recipe, TrainingMxD, TrainingMxDConfig, read_mlp
+from mxd_lens.mxd import Recipe, TrainingMxD, read_mlp
 from mxd_lens.splice import get_mlp
 
+BEST_LR = {"mxd": 3e-3, "topk_transcoder": 3e-3, "topk_skip_transcoder": 3e-3, "topk": 3e-3}
+"""Peak learning rates, from the search in tests/benchmarks/search_lr.py."""
 
-@dataclass
-class TrainConfig:
-    """One training run. Everything not said here is the recipe's."""
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """Which layer of which model on which text: what all layers of a comparison share."""
 
     model: str
     """Hugging Face name or local folder of the language model; demo:smollm2 needs no hub."""
@@ -48,18 +55,10 @@ class TrainConfig:
     """Hub data set (name or name:config), local .txt/.jsonl/.parquet/.csv, or demo:wikipedia."""
     output: str
     """Folder of the run. The same command again resumes what was interrupted there."""
-    k: int = 32
-    """Experts active per token."""
-    d_sae: int | None = None
-    """Number of experts; by default as many as match a transcoder's parameters."""
     expansion: int = 16
-    """Expansion factor of the transcoder to match where d_sae is not given."""
-    recipe: Recipe = "centred"
-    """centred: hidden units from the original MLP, centred gate. paper: all at random."""
+    """Every layer gets the parameters of a transcoder with expansion * d_in units."""
     training_tokens: int = 1_024_000
     """Tokens to train on; a shorter text is repeated."""
-    lr: float = 3e-3
-    """Peak learning rate: warm-up over a tenth of the steps, linear decay over the last fifth."""
     batch_size: int = 2048
     """Tokens per training step."""
     context_size: int = 128
@@ -67,7 +66,7 @@ class TrainConfig:
     lm_batch_size: int = 32
     """Sequences per language-model pass."""
     heldout_documents: int = 1000
-    """Documents kept for evaluation."""
+    """Documents kept for evaluation, the same for every seed."""
     text_column: str = "text"
     """Column of the data set that holds the text."""
     dataset_split: str = "train"
@@ -82,8 +81,6 @@ class TrainConfig:
     """Checkpoints on the way; the newest is kept until the run is done."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Device of the model and the layer."""
-    seed: int = 0
-    """Seed of weights, of the documents' split and of the batches' shuffle."""
 
     def __post_init__(self) -> None:
         if self.training_tokens < self.batch_size:
@@ -93,24 +90,74 @@ class TrainConfig:
             )
 
     @property
+    def steps(self) -> int:
+        return self.training_tokens // self.batch_size
+
+
+@dataclass(kw_only=True)
+class TrainConfig(RunConfig):
+    """One training run. Everything not said here is the recipe's."""
+
+    architecture: str = "mxd"
+    """mxd, topk_transcoder, topk_skip_transcoder, or any in SAELens' training registry, which
+    is then an SAE of the MLP's output (topk, jumprelu, ...)."""
+    k: int = 32
+    """Experts or units active per token, where the architecture has a k."""
+    d_sae: int | None = None
+    """Number of experts or units; by default as many as match the expansion's parameters."""
+    recipe: Recipe = "centred"
+    """Of an mxd. centred: hidden units from the original MLP, centred gate. paper: random."""
+    sae_options: str = "{}"
+    """Further fields of the architecture's SAELens training config, as JSON."""
+    lr: float | None = None
+    """Peak learning rate; by default the architecture's best in our search."""
+    lr_warm_up_steps: int | None = None
+    """Steps of linear warm-up, by default a tenth."""
+    lr_decay_steps: int | None = None
+    """Steps of linear decay to zero at the end, by default the last fifth."""
+    activations: str | None = None
+    """Folder that keeps the MLP's inputs and outputs, to share one pass of the model."""
+    seed: int = 0
+    """Seed of the weights and of the batches' order."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.architecture not in SAE_TRAINING_CLASS_REGISTRY:
+            raise ValueError(
+                f"unknown architecture {self.architecture!r}; known: "
+                f"{', '.join(sorted(SAE_TRAINING_CLASS_REGISTRY))}"
+            )
+        try:
+            options = json.loads(self.sae_options)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"sae_options is not JSON: {error}") from error
+        _, cfg_class = SAE_TRAINING_CLASS_REGISTRY[self.architecture]
+        known = _fields(cfg_class)
+        if not isinstance(options, dict) or not options.keys() <= known:
+            raise ValueError(
+                f"sae_options must be an object with fields of {cfg_class.__name__}: "
+                f"{', '.join(sorted(known))}"
+            )
+
+    @property
     def layer_path(self) -> Path:
         """Where the trained layer is: load it with ``SAE.load_from_disk``."""
-        return Path(self.output) / "mxd"
+        return Path(self.output) / "layer"
 
 
 class Interrupted(KeyboardInterrupt):
     """Training was stopped by a signal; a checkpoint has been saved."""
 
 
-def load_documents(cfg: TrainConfig, dataset: Text | None = None) -> tuple[Text, Text]:
+def load_documents(cfg: RunConfig, dataset: Text | None = None) -> tuple[Text, Text]:
     """The run's (training, held-out) documents."""
     if dataset is None:
         dataset = load_text(cfg.dataset, cfg.dataset_split, cfg.text_column, cfg.streaming)
-    return split_documents(dataset, cfg.heldout_documents, cfg.seed)
+    return split_documents(dataset, cfg.heldout_documents)
 
 
-def train(cfg: TrainConfig, model: Any = None, dataset: Text | None = None) -> MxD:
-    """Train an MxD, or resume or load what `cfg.output` already holds of this very run.
+def train(cfg: TrainConfig, model: Any = None, dataset: Text | None = None) -> SAE[Any]:
+    """Train a layer, or resume or load what `cfg.output` already holds of this very run.
 
     Args:
         model: the loaded model, instead of loading ``cfg.model``.
@@ -118,26 +165,88 @@ def train(cfg: TrainConfig, model: Any = None, dataset: Text | None = None) -> M
 
     Returns:
         The trained layer, also at ``cfg.layer_path`` in SAELens' format. A resumed run passes
-        the text already seen through the model again, so that its batches, and with them its
-        weights, are those of an uninterrupted one.
+        the batches already seen by again, so that those to come, and with them its weights, are
+        an uninterrupted one's; without ``cfg.activations`` the model reads that text again.
 
     Raises:
         ValueError: anything about model, layer, text or configuration that cannot work, the
             output folder of another run, or a checkpoint that cannot be read.
         Interrupted: a signal came; the run can be resumed.
     """
-    _claim_folder(cfg)
+    claim_folder(cfg)
     if (cfg.layer_path / "cfg.json").exists():
-        return MxD.load_from_disk(cfg.layer_path, device=cfg.device)
+        return SAE.load_from_disk(cfg.layer_path, device=cfg.device)
     if model is None:
         model = load_model(cfg.model, cfg.model_class, cfg.device)
     hooks = mlp_hooks(model, cfg.layer)
-    documents, _ = load_documents(cfg, dataset)
-
-    torch.manual_seed(cfg.seed)
     mlp_weights = read_mlp(get_mlp(model, cfg.layer))
-    sae = TrainingMxD(_layer_config(cfg, mlp_weights, hooks))
-    store = activations_store(
+    if cfg.activations is None:
+        torch.manual_seed(cfg.seed)
+        documents, _ = load_documents(cfg, dataset)
+        batches = pairs(_store(cfg, model, documents, hooks), hooks)
+    else:
+        fill_activations(cfg, cfg.activations, model, dataset)
+        n_tokens = cfg.steps * cfg.batch_size
+        batches = cached_pairs(Path(cfg.activations), n_tokens, cfg.batch_size, cfg.seed)
+    sample = list(islice(batches, 8))
+    batches = chain(sample, batches)
+    torch.manual_seed(cfg.seed)
+    mlp = MLPShape.of(mlp_weights)
+    sae = new_layer(cfg, layer_config(cfg, mlp, hooks, cfg.device))
+    x, y = torch.cat(sample).to(cfg.device).split([mlp.d_in, mlp.d_out], dim=-1)
+    _start(sae, mlp_weights, x, y)
+    if not _reads_pairs(cfg.architecture):
+        batches = (batch[:, mlp.d_in :] for batch in batches)
+
+    stop = threading.Event()
+    trainer = SAETrainer(
+        _trainer_config(cfg),
+        sae,
+        _until(stop, batches),
+        save_checkpoint_fn=lambda checkpoint_path: _complete(cfg, checkpoint_path),
+    )
+    for group in trainer.optimizer.param_groups:
+        group["fused"] = True  # the same Adam in a third of the time
+    trainer._update_pbar = partial(trainer._update_pbar, update_interval=10)
+    _resume(cfg, trainer)
+    try:
+        with _stopping(stop):
+            trainer.fit()
+    except (Interrupted, NonFiniteActivations):
+        trainer.save_checkpoint(str(trainer.n_training_samples))
+        raise
+    if not all(p.isfinite().all() for p in sae.parameters()):
+        raise ValueError(
+            f"training diverged: weights are not finite; lower lr={learning_rate(cfg)}"
+        )
+    sae.eval()
+    return _save(cfg, trainer)
+
+
+def learning_rate(cfg: TrainConfig) -> float:
+    """The run's peak learning rate."""
+    return BEST_LR.get(cfg.architecture, 3e-3) if cfg.lr is None else cfg.lr
+
+
+def fill_activations(
+    cfg: RunConfig, folder: str | Path, model: Any, dataset: Text | None = None
+) -> None:
+    """One pass of the language model: the activations of the run's training tokens, on disk.
+
+    Raises:
+        ValueError: as `train` does, or the folder holds those of another model, layer or text.
+    """
+    hooks = mlp_hooks(model, cfg.layer)
+    documents, _ = load_documents(cfg, dataset)
+    decisive = "model layer dataset dataset_split text_column context_size lm_batch_size"
+    decisive += " heldout_documents model_class autocast"
+    source = {name: getattr(cfg, name) for name in decisive.split()}
+    store = _store(cfg, model, documents, hooks)
+    cache_pairs(Path(folder), store, hooks, cfg.steps * cfg.batch_size, source)
+
+
+def _store(cfg: RunConfig, model: Any, documents: Text, hooks: tuple[str, str]) -> Any:
+    return activations_store(
         model,
         documents,
         hooks,
@@ -147,71 +256,89 @@ def train(cfg: TrainConfig, model: Any = None, dataset: Text | None = None) -> M
         device=cfg.device,
         autocast_lm=cfg.autocast,
     )
-    batches = pairs(store, hooks)
-    sample = list(islice(batches, 8))
-    if cfg.recipe == "centred":
-        sae.start_from(mlp_weights, torch.cat(sample)[:, : sae.cfg.d_in])
-
-    stop = threading.Event()
-    trainer = SAETrainer(
-        _trainer_config(cfg),
-        sae,
-        _until(stop, chain(sample, batches)),
-        save_checkpoint_fn=lambda checkpoint_path: _complete(cfg, checkpoint_path),
-    )
-    _resume(cfg, trainer)
-    try:
-        with _stopping(stop):
-            trainer.fit()
-    except (Interrupted, NonFiniteActivations):
-        trainer.save_checkpoint(str(trainer.n_training_samples))
-        raise
-    if not all(p.isfinite().all() for p in sae.parameters()):
-        raise ValueError(f"training diverged: weights are not finite; lower lr={cfg.lr}")
-    sae.eval()
-    return _save(cfg, trainer)
 
 
-def _layer_config(
-    cfg: TrainConfig, mlp_weights: dict[str, Any], hooks: tuple[str, str]
-) -> TrainingMxDConfig:
-    d_in, d_hidden = mlp_weights["W_in"].shape
-    d_out = mlp_weights["W_out"].shape[1]
-    gated = "W_gate" in mlp_weights
-    return TrainingMxDConfig(
-        d_in=d_in,
-        d_out=d_out,
-        d_hidden=d_hidden,
-        d_sae=cfg.d_sae or matched_d_sae(d_in, d_out, d_hidden, gated, cfg.expansion),
-        k=cfg.k,
-        act_fn=mlp_weights["act_fn"],
-        gated=gated,
-        recipe=cfg.recipe,
-        device=cfg.device,
-        metadata=SAEMetadata(
+@dataclass(frozen=True)
+class MLPShape:
+    """The MLP that is to be replaced."""
+
+    d_in: int
+    d_out: int
+    d_hidden: int
+    act_fn: str
+    gated: bool
+
+    @classmethod
+    def of(cls, mlp_weights: dict[str, Any]) -> MLPShape:
+        """From `read_mlp`'s answer."""
+        d_in, d_hidden = mlp_weights["W_in"].shape
+        d_out = mlp_weights["W_out"].shape[1]
+        return cls(d_in, d_out, d_hidden, mlp_weights["act_fn"], "W_gate" in mlp_weights)
+
+
+def layer_config(
+    cfg: TrainConfig, mlp: MLPShape, hooks: tuple[str, str], device: str
+) -> TrainingSAEConfig:
+    """The layer's own configuration: SAELens', for the architecture that was asked for."""
+    _, cfg_class = SAE_TRAINING_CLASS_REGISTRY[cfg.architecture]
+    reads_pairs = _reads_pairs(cfg.architecture)
+    shape = (mlp.d_in, mlp.d_out, mlp.d_hidden, mlp.gated)
+    values = asdict(mlp) | {
+        "d_in": mlp.d_in if reads_pairs else mlp.d_out,
+        "d_sae": cfg.d_sae or matched_d_sae(*shape, cfg.expansion, cfg.architecture),
+        "k": cfg.k,
+        "recipe": cfg.recipe,
+        "device": device,
+        "metadata": SAEMetadata(
             model_name=cfg.model,
             model_class_name=cfg.model_class,
-            hook_name=hooks[0],
-            hook_name_out=hooks[1],
+            hook_name=hooks[0] if reads_pairs else hooks[1],
+            hook_name_out=hooks[1] if reads_pairs else None,
             hook_layer=cfg.layer,
             context_size=cfg.context_size,
             prepend_bos=True,
             exclude_special_tokens=True,
             dataset_path=cfg.dataset,
-            training_tokens=cfg.training_tokens // cfg.batch_size * cfg.batch_size,
+            training_tokens=cfg.steps * cfg.batch_size,
         ),
-    )
+    }
+    known = {name: values[name] for name in values.keys() & _fields(cfg_class)}
+    return cfg_class(**(known | json.loads(cfg.sae_options)))
+
+
+def new_layer(cfg: TrainConfig, layer_cfg: TrainingSAEConfig) -> TrainingSAE[Any]:
+    """A layer of the architecture that was asked for, at random weights."""
+    return SAE_TRAINING_CLASS_REGISTRY[cfg.architecture][0](layer_cfg)
+
+
+def _reads_pairs(architecture: str) -> bool:
+    """Whether a layer maps the MLP's input to its output, or is an SAE of the output."""
+    return "d_out" in _fields(SAE_TRAINING_CLASS_REGISTRY[architecture][1])
+
+
+def _fields(cfg_class: type) -> set[str]:
+    return {field.name for field in fields(cfg_class)}
+
+
+def _start(sae: TrainingSAE[Any], mlp_weights: dict[str, Any], x: Tensor, y: Tensor) -> None:
+    """Start a layer from a sample of its data, as well as its recipe allows."""
+    if isinstance(sae, TrainingMxD):
+        if sae.cfg.recipe == "centred":
+            sae.start_from(mlp_weights, x)
+    else:
+        sae.b_dec.data.copy_(y.mean(0))
 
 
 def _trainer_config(cfg: TrainConfig) -> SAETrainerConfig:
-    steps = cfg.training_tokens // cfg.batch_size
+    lr = learning_rate(cfg)
+    warm_up, decay = cfg.lr_warm_up_steps, cfg.lr_decay_steps
     return SAETrainerConfig(
-        total_training_samples=steps * cfg.batch_size,
+        total_training_samples=cfg.steps * cfg.batch_size,
         train_batch_size_samples=cfg.batch_size,
-        lr=cfg.lr,
-        lr_end=cfg.lr,
-        lr_warm_up_steps=steps // 10,
-        lr_decay_steps=steps // 5,
+        lr=lr,
+        lr_end=lr,
+        lr_warm_up_steps=cfg.steps // 10 if warm_up is None else warm_up,
+        lr_decay_steps=cfg.steps // 5 if decay is None else decay,
         device=cfg.device,
         autocast=cfg.autocast,
         n_checkpoints=cfg.n_checkpoints,
@@ -223,13 +350,17 @@ def _checkpoints(cfg: TrainConfig) -> Path:
     return Path(cfg.output) / "checkpoints"
 
 
-def _claim_folder(cfg: TrainConfig) -> None:
-    """Write the configuration down, or compare it with the one of the run that is there."""
+def claim_folder(cfg: TrainConfig) -> None:
+    """Write the configuration down, or compare it with the one of the run that is there.
+
+    Raises:
+        ValueError: it is another.
+    """
     path = Path(cfg.output) / RUNNER_CFG_FILENAME
     mine = {name: value for name, value in asdict(cfg).items() if name != "output"}
     if path.exists():
         theirs = json.loads(path.read_text())
-        different = [name for name in mine if mine[name] != theirs.get(name)]
+        different = [n for n in mine if n != "activations" and mine[n] != theirs.get(n)]
         if different:
             raise ValueError(
                 f"{cfg.output} holds another run, with other {', '.join(different)}: "
@@ -303,7 +434,7 @@ def _stopping(stop: threading.Event) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _save(cfg: TrainConfig, trainer: SAETrainer[Any, Any]) -> MxD:
+def _save(cfg: TrainConfig, trainer: SAETrainer[Any, Any]) -> SAE[Any]:
     """The layer in SAELens' inference format, under its name only once it is whole."""
     unfinished = Path(cfg.output) / "unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -311,4 +442,4 @@ def _save(cfg: TrainConfig, trainer: SAETrainer[Any, Any]) -> MxD:
     save_file({"sparsity": trainer.log_feature_sparsity}, unfinished / SPARSITY_FILENAME)
     unfinished.replace(cfg.layer_path)
     shutil.rmtree(_checkpoints(cfg), ignore_errors=True)
-    return MxD.load_from_disk(cfg.layer_path, device=cfg.device)
+    return SAE.load_from_disk(cfg.layer_path, device=cfg.device)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from sae_lens import HookedSAETransformer
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
+from sae_lens.training.sae_trainer import SAETrainer
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import nn
 from transformer_lens import HookedTransformerConfig
@@ -25,6 +29,7 @@ from transformers import (
 )
 
 from mxd_lens.mxd import MxD, MxDConfig
+from mxd_lens.train import TrainConfig
 
 SENTENCES = ["the cat sat on the mat", "a dog ran after the cat", "one fish saw a dog"]
 N_VOCAB, D_MODEL, D_MLP, N_LAYERS = 24, 16, 32, 3
@@ -197,3 +202,60 @@ def edit_json() -> Callable[..., None]:
         path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
     return edit
+
+
+WORDS = ["the", "cat", "sat", "on", "mat", "a", "dog", "ran", "after", "one", "fish", "saw"]
+
+
+@pytest.fixture
+def documents() -> Dataset:
+    """Text a tiny model can read."""
+    rng = random.Random(0)
+    return Dataset.from_dict(
+        {"text": [" ".join(rng.choices(WORDS, k=rng.randint(5, 40))) for _ in range(200)]}
+    )
+
+
+TINY_RUN = {
+    "model": "tiny",
+    "layer": 1,
+    "dataset": "tiny",
+    "training_tokens": 32 * 40,
+    "batch_size": 32,
+    "context_size": 8,
+    "lm_batch_size": 4,
+    "heldout_documents": 40,
+    "n_checkpoints": 0,
+    "device": "cpu",
+}
+
+
+@pytest.fixture
+def make_config(tmp_path) -> Callable[..., TrainConfig]:
+    """``make_config(**fields)``: a run of 40 steps on `documents`."""
+
+    def make(**fields: Any) -> TrainConfig:
+        layer = {"output": str(tmp_path / "run"), "k": 3, "d_sae": 12}
+        return TrainConfig(**(TINY_RUN | layer | fields))
+
+    return make
+
+
+@pytest.fixture
+def at_step(monkeypatch) -> Callable[[int, Callable[[], Any]], AbstractContextManager[None]]:
+    """``with at_step(n, action)``: do it within the n-th training step."""
+
+    @contextmanager
+    def doing(n: int, action: Callable[[], Any]) -> Iterator[None]:
+        step = SAETrainer.step
+
+        def stepping(self, batch):
+            if self.n_training_steps == n:
+                action()
+            return step(self, batch)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(SAETrainer, "step", stepping)
+            yield
+
+    return doing

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
@@ -102,3 +103,36 @@ def test_state_of_the_union():
     assert data["title"] == sorted(data["title"])
     assert data[0]["title"] == "1790-Washington-1"
     assert data[0]["text"].startswith("Fellow-Citizens of the Senate")
+
+
+def test_bbc_news():
+    data = assets.bbc_news()
+    labels = ["business", "entertainment", "politics", "sports", "tech"]
+    assert [data["label"].count(label) for label in labels] == [510, 386, 417, 511, 401]
+    assert data[0]["text"].startswith("Ad sales boost Time Warner profit\n\nQuarterly profits")
+    assert sum("£" in text for text in data["text"]) > 300
+    assert not any("�" in text or "Â" in text for text in data["text"])
+
+
+def test_wikipedia_languages():
+    data = assets.wikipedia_languages()
+    assert data["label"] == ["English"] * 1000 + ["French"] * 1000 + ["Spanish"] * 1000
+    assert len(set(data["text"])) == 3000
+    assert min(map(len, data["text"])) >= 200
+    for i, article in enumerate((" the ", " la ", " el ")):
+        assert sum(article in text for text in data["text"][1000 * i : 1000 * (i + 1)]) > 700
+
+
+def test_code_and_prose():
+    data = assets.code_and_prose()
+    code, prose = data["text"][: len(data) // 2], data["text"][len(data) // 2 :]
+    assert data["label"] == ["code"] * len(code) + ["prose"] * len(prose)
+    assert len(code) == len(prose) > 500
+    assert len(set(data["text"])) == len(data)
+    for text in code:
+        tree = ast.parse(text)
+        assert isinstance(tree.body[0], (ast.FunctionDef, ast.AsyncFunctionDef))
+        assert not assets._take_docstrings(tree)
+    assert not any(">>>" in text for text in prose)
+    assert sum(text.startswith("def ") for text in prose) <= 3  # examples that leave things out
+    assert data[:] == assets.code_and_prose()[:]

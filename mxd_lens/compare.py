@@ -1,0 +1,233 @@
+"""Layers of several architectures and sparsities, trained and measured alike.
+
+One pass of the language model is kept on disk and read by every run. (SAELens' MultiSAETrainer
+would train all from one stream as well, but with one learning rate for all, and with nothing
+finished before everything is.)
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from sae_lens.constants import RUNNER_CFG_FILENAME
+from sae_lens.saes.sae import SAE
+
+from mxd_lens import plots
+from mxd_lens.data import Text, load_text
+from mxd_lens.faithfulness import Heldout, evaluate, read_heldout
+from mxd_lens.models import load_model, mlp_hooks
+from mxd_lens.probing import (
+    TextActivations,
+    load_labelled,
+    pool_layer,
+    probe,
+    summarise,
+    text_activations,
+)
+from mxd_lens.train import (
+    RunConfig,
+    TrainConfig,
+    claim_folder,
+    fill_activations,
+    learning_rate,
+    load_documents,
+    train,
+)
+
+
+@dataclass(kw_only=True)
+class CompareConfig(RunConfig):
+    """Which layers to train and compare."""
+
+    model: str = "demo:smollm2"
+    """Hugging Face name or local folder of the language model; demo:smollm2 needs no hub."""
+    layer: int = 6
+    """Which MLP to replace, counted from 0."""
+    dataset: str = "demo:wikipedia"
+    """Hub data set (name or name:config), local .txt/.jsonl/.parquet/.csv, or demo:wikipedia."""
+    output: str = "runs/compare"
+    """Folder of the comparison. The same command again goes on where it stopped."""
+    training_tokens: int = 1_228_800
+    """Tokens to train each layer on, the same ones for all."""
+    architectures: list[str] = field(default_factory=lambda: list(plots.LABELS))
+    """As `train --architecture`; mxd:paper is the paper's recipe."""
+    k: list[int] = field(default_factory=lambda: [8, 16, 32, 64])
+    """Experts or units active per token."""
+    seeds: list[int] = field(default_factory=lambda: [0])
+    """Seeds of the weights and of the batches' order."""
+    lr: float | None = None
+    """Peak learning rate of all layers; by default each architecture's best in our search."""
+    n_sequences: int = 64
+    """Sequences on which cross-entropies are taken."""
+    probe: str | None = None
+    """Labelled text to probe every layer on, demo:bbc for one."""
+    n_probe_texts: int = 1200
+    """Texts of it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for cfg in self.runs().values():
+            if Path(cfg.output).parent != Path(self.output):
+                raise ValueError(f"{cfg.architecture!r} is no name for an architecture")
+
+    def runs(self) -> dict[tuple[str, int, int], TrainConfig]:
+        """The training runs, by (architecture as named here, k, seed), in the order they go."""
+        shared = {f.name: getattr(self, f.name) for f in fields(RunConfig)}
+        runs = {}
+        for seed in self.seeds:
+            for k in self.k:
+                for name in self.architectures:
+                    architecture, _, recipe = name.partition(":")
+                    folder = f"{name.replace(':', '-')}-k{k}-seed{seed}"
+                    runs[name, k, seed] = TrainConfig(
+                        **{**shared, "output": str(Path(self.output) / folder)},
+                        architecture=architecture,
+                        recipe=recipe or "centred",
+                        k=k,
+                        seed=seed,
+                        lr=self.lr,
+                        activations=str(Path(self.output) / "activations"),
+                    )
+        return runs
+
+
+def compare(cfg: CompareConfig, model: Any = None, dataset: Text | None = None) -> list[dict]:
+    """Train and measure every layer, or those that are missing.
+
+    Returns:
+        One row per layer, with `evaluate`'s keys and `name`, `seed`, `lr`, and ``probe`` where
+        asked for. ``results.json`` and ``results.html``, written anew as each layer is finished,
+        show these and what else earlier comparisons have left in the folder.
+
+    Raises:
+        ValueError, Interrupted: as `train`.
+    """
+    folder = Path(cfg.output)
+    runs = cfg.runs()
+    finished = {key: _finished_row(run) for key, run in runs.items()}
+    if not all(finished.values()):
+        model = model or load_model(cfg.model, cfg.model_class, cfg.device)
+        fill_activations(cfg, folder / "activations", model, dataset)
+        heldout = _heldout(cfg, model, load_documents(cfg, dataset)[1], cfg.n_sequences)
+        labelled = _labelled(cfg, model)
+        for n, (key, run) in enumerate(runs.items(), 1):
+            if finished[key]:
+                continue
+            print(
+                f"\n[{n}/{len(runs)}] {plots.label(key[0])}, k = {key[1]}, seed {key[2]}",
+                flush=True,
+            )
+            sae = train(run, model, dataset)
+            row = measure(model, sae, run, heldout) | {"dataset": f"{cfg.dataset} (held out)"}
+            if labelled is not None:
+                row["probe"] = _probe(sae, *labelled)
+            _results(run).write_text(json.dumps(row, indent=2) + "\n")
+            finished[key] = row
+            write_results(folder, all_rows(folder))
+    return [row for row in finished.values() if row]
+
+
+def measure(model: Any, sae: SAE[Any], run: TrainConfig, heldout: Heldout) -> dict[str, Any]:
+    """One row: what was trained and how it does on the held-out text."""
+    row, _ = evaluate(model, sae, heldout, autocast=run.autocast)
+    name = "mxd:paper" if run.recipe == "paper" and run.architecture == "mxd" else run.architecture
+    return {"name": name, "seed": run.seed, "lr": learning_rate(run), **row}
+
+
+def all_rows(folder: Path) -> list[dict[str, Any]]:
+    """The rows of all measured layers in a comparison's folder."""
+    names = list(plots.LABELS)
+
+    def place(row: dict[str, Any]) -> tuple[Any, ...]:
+        known = row["name"] in names
+        return (
+            names.index(row["name"]) if known else len(names),
+            row["name"],
+            row["k"],
+            row["seed"],
+        )
+
+    return sorted(
+        (json.loads(path.read_text()) for path in folder.glob("*/results.json")), key=place
+    )
+
+
+def _results(run: TrainConfig) -> Path:
+    return Path(run.output) / "results.json"
+
+
+def _finished_row(run: TrainConfig) -> dict[str, Any] | None:
+    if not _results(run).exists():
+        return None
+    claim_folder(run)
+    return json.loads(_results(run).read_text())
+
+
+def _heldout(cfg: RunConfig, model: Any, documents: Text, n_sequences: int) -> Heldout:
+    return read_heldout(
+        model,
+        mlp_hooks(model, cfg.layer),
+        documents,
+        context_size=cfg.context_size,
+        device=cfg.device,
+        n_sequences=n_sequences,
+        autocast=cfg.autocast,
+    )
+
+
+def _labelled(cfg: CompareConfig, model: Any) -> tuple[TextActivations, list[str]] | None:
+    """What the model computes on the labelled texts, and their labels."""
+    if cfg.probe is None:
+        return None
+    texts = load_labelled(cfg.probe, n_texts=cfg.n_probe_texts)
+    hooks = mlp_hooks(model, cfg.layer)
+    return text_activations(model, texts["text"], hooks, autocast=cfg.autocast), texts["label"]
+
+
+def _probe(sae: SAE[Any], activations: TextActivations, labels: list[str]) -> list[dict[str, Any]]:
+    """Probing scores, means over classes and five splits of the texts."""
+    features = pool_layer(sae, activations)
+    splits = [probe(features, labels, n_features=(1, 2, 5), seed=seed) for seed in range(5)]
+    return summarise([row for rows in splits for row in rows])
+
+
+def measure_again(folder: Path, dataset: str, n_sequences: int) -> list[dict[str, Any]]:
+    """Measure the layers of a comparison on other text: ``results-<text>.json`` and ``.html``."""
+    runs = finished_runs(folder)
+    cfg = runs[0]
+    model = load_model(cfg.model, cfg.model_class, cfg.device)
+    heldout = _heldout(cfg, model, load_text(dataset), n_sequences)
+    rows = []
+    for run in runs:
+        sae = SAE.load_from_disk(run.layer_path, device=run.device)
+        rows.append(measure(model, sae, run, heldout) | {"dataset": dataset})
+    write_results(folder, rows, f"results-{Path(dataset).stem.replace(':', '-')}")
+    return rows
+
+
+def finished_runs(folder: Path) -> list[TrainConfig]:
+    """The trained layers in a comparison's folder.
+
+    Raises:
+        ValueError: there are none.
+    """
+    runs = [
+        TrainConfig(**json.loads(path.read_text()), output=str(path.parent))
+        for path in sorted(folder.glob(f"*/{RUNNER_CFG_FILENAME}"))
+        if (path.parent / "layer").exists()
+    ]
+    if not runs:
+        raise ValueError(f"{folder} holds neither a finished run nor a comparison")
+    return runs
+
+
+def write_results(folder: Path, rows: list[dict[str, Any]], stem: str = "results") -> None:
+    """The rows as JSON and as a page with the frontier."""
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = folder / f"{stem}.unfinished"
+    unfinished.write_text(json.dumps(rows, indent=2) + "\n")
+    unfinished.replace(folder / f"{stem}.json")
+    plots.write_frontier_page(folder / f"{stem}.html", rows)

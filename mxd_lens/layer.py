@@ -1,0 +1,217 @@
+"""What MxDs and transcoders share: from input to output by way of a top-k gate.
+
+`TopKLayer` is an SAELens SAE whose input and output are different activations, and an MLP to
+TransformerLens; `TrainingTopKLayer` is one that SAELens' trainer can train.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from sae_lens.saes.sae import SAE, TrainingSAE, TrainStepInput, TrainStepOutput
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
+
+from mxd_lens.kernels import to_dense, topk_gate, topk_relu, weighted_row_sum
+from mxd_lens.objective import split_pairs, step_output, tangent
+
+
+def check_topk(cfg: Any, units: str) -> None:
+    """Refuse a `TopKLayer`'s config that cannot work.
+
+    Args:
+        units: what the layer calls its d_sae units.
+
+    Raises:
+        ValueError: a width below 1, k out of range, or an SAE option that an input-to-output
+            layer cannot honour.
+    """
+    for name in ("d_in", "d_out", "d_hidden", "d_sae"):
+        if getattr(cfg, name, 1) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(cfg, name)}")
+    if not 1 <= cfg.k <= cfg.d_sae:
+        raise ValueError(
+            f"k={cfg.k} {units} cannot be active out of d_sae={cfg.d_sae}: need 1 <= k <= d_sae"
+        )
+    if cfg.apply_b_dec_to_input:
+        raise ValueError("apply_b_dec_to_input: b_dec is an output bias here, it has no input side")
+    if cfg.normalize_activations != "none" or cfg.reshape_activations != "none":
+        raise ValueError(
+            "this layer takes normalize_activations='none', reshape_activations='none'"
+        )
+
+
+def watched(hook: nn.Module) -> bool:
+    """Whether anyone looks at this hook point."""
+    return bool(hook._forward_hooks or hook._backward_hooks)
+
+
+class TopKLayer(SAE[Any]):
+    """An input-to-output layer behind a top-k gate: what the MxD and the transcoders share.
+
+    A subclass has W_enc [d_in, d_sae], b_enc [d_sae] and W_dec [d_sae, d_out], and tells by
+    `_combine` how its output follows from its input and the coefficients' ``a W_dec``.
+    Unlooked-at coefficients are never written out densely.
+    """
+
+    b_enc: nn.Parameter
+    decode_reads_input: ClassVar[bool] = True
+    """Whether the output depends on the input besides the coefficients."""
+
+    def __init__(self, cfg: Any):
+        super().__init__(cfg)
+        self.hook_in = HookPoint()
+        self.hook_out = HookPoint()
+        self._to_decode: Tensor | None = None
+        self.setup()
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """As the reference: W_enc uniform in +-1/sqrt(d_in), b_enc = 0, rows of W_dec uniform
+        and scaled to unit norm. The other parameters are the subclass's to add."""
+        cfg = self.cfg
+        # Units are read one by one, so W_enc's columns are kept contiguous in memory.
+        self.W_enc = nn.Parameter(self._uniform(cfg.d_sae, cfg.d_in).T)
+        self.b_enc = nn.Parameter(self._zeros(cfg.d_sae))
+        rows = self._zeros(cfg.d_sae, cfg.d_out).uniform_(-1, 1)
+        self.W_dec = nn.Parameter(F.normalize(rows, dim=-1))
+
+    def _zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+    def _uniform(self, *shape: int) -> Tensor:
+        bound = self.cfg.d_in**-0.5
+        return self._zeros(*shape).uniform_(-bound, bound)
+
+    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
+        """The layer's output, in x's dtype.
+
+        Raises:
+            ValueError: the last dimension of x is not d_in.
+        """
+        inputs = self._read(x)
+        values, indices = self._gate(inputs)
+        if watched(self.hook_sae_acts_post):
+            acts = self.hook_sae_acts_post(to_dense(values, indices, self.cfg.d_sae))
+            decoded = acts @ self.W_dec
+        else:
+            decoded = weighted_row_sum(values, indices, self.W_dec)
+        y = self._combine(inputs, decoded)
+        return self.hook_out(self.hook_sae_output(y.to(x.dtype)))
+
+    def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+        """The coefficients, written out densely. The next `decode` belongs to this x."""
+        inputs = self._read(x)
+        if self.decode_reads_input:
+            self._to_decode = inputs
+        return self.hook_sae_acts_post(to_dense(*self._gate(inputs), self.cfg.d_sae))
+
+    def decode(self, feature_acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_out"]:
+        """The output for these coefficients and, where the output depends on the input besides
+        them, the input of the last `encode`, which it uses up.
+
+        Raises:
+            RuntimeError: that input is needed, and no `encode` came before, or one of another
+                batch shape.
+        """
+        inputs, self._to_decode = self._to_decode, None
+        if self.decode_reads_input and (
+            inputs is None or inputs.shape[:-1] != feature_acts.shape[:-1]
+        ):
+            seen = "no encode" if inputs is None else f"an encode of {tuple(inputs.shape)}"
+            raise RuntimeError(
+                f"decode of coefficients {tuple(feature_acts.shape)} after {seen}: the output of "
+                "this layer depends on its input, too, so call encode(x) first, then decode once"
+            )
+        return self._combine(inputs, feature_acts.to(self.dtype) @ self.W_dec)
+
+    def _read(self, x: Tensor) -> Tensor:
+        if x.shape[-1] != self.cfg.d_in:
+            raise ValueError(
+                f"input has width {x.shape[-1]}, this {type(self).__name__} has "
+                f"d_in={self.cfg.d_in}"
+            )
+        return self.hook_sae_input(self.hook_in(x.to(self.dtype)))
+
+    def _gate(
+        self, x: Float[Tensor, "*batch d_in"]
+    ) -> tuple[Float[Tensor, "*batch k"], Int[Tensor, "*batch k"]]:
+        if watched(self.hook_sae_acts_pre):
+            return topk_relu(self.hook_sae_acts_pre(x @ self.W_enc + self.b_enc), self.cfg.k)
+        return topk_gate(x, self.W_enc, self.b_enc, self.cfg.k)
+
+    def _combine(self, x: Any, decoded: Tensor) -> Tensor:
+        """Output for input x (None from a `decode` that reads none) and ``decoded = a W_dec``."""
+        raise NotImplementedError
+
+    def fold_W_dec_norm(self) -> None:
+        raise NotImplementedError(
+            "folding the norms of W_dec into the gate would change which k units are the largest"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy takes along: not the input of an encode still to be decoded."""
+        return self.__dict__ | {"_to_decode": None}
+
+    def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
+        state_dict["W_enc"] = state_dict["W_enc"].contiguous()
+
+    def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
+        expected = {name: tuple(p.shape) for name, p in self.state_dict().items()}
+        found = {name: tuple(p.shape) for name, p in state_dict.items()}
+        if expected != found:
+            wrong = sorted(expected.items() ^ found.items())
+            raise ValueError(
+                f"these weights are not those of the {self.cfg.architecture()} that cfg.json "
+                f"describes; they differ in {wrong}"
+            )
+        state_dict["W_enc"] = state_dict["W_enc"].T.contiguous().T
+
+
+class TrainingTopKLayer(TopKLayer, TrainingSAE[Any]):
+    """A `TopKLayer` as `SAETrainer` trains it, on batches ``cat([mlp_in, mlp_out], -1)``."""
+
+    @torch.no_grad()
+    def renormalise(self) -> None:
+        """Rows of W_dec back to unit norm, before every step."""
+        self.W_dec.copy_(F.normalize(self.W_dec, dim=-1))
+
+    def _decoder(self) -> Tensor:
+        """W_dec, with the gradient it is to have."""
+        return tangent(self.W_dec, -1)
+
+    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        """The layer and its loss on one batch, see `step_output`.
+
+        Raises:
+            ValueError: the batch is not d_in + d_out wide.
+        """
+        x, y = split_pairs(step_input.sae_in, self.cfg.d_in, self.cfg.d_out)
+        self.renormalise()
+        inputs = self._read(x)
+        values, indices = self._gate(inputs)
+        y_hat = self._combine(inputs, weighted_row_sum(values, indices, self._decoder()))
+        return step_output(y, y_hat, values, indices, self.cfg.d_sae)
+
+    def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        acts = self.encode(x)
+        return acts, acts
+
+    def calculate_aux_loss(self, *_: Any, **__: Any) -> dict[str, Tensor]:
+        return {}
+
+    def get_coefficients(self) -> dict[str, Any]:
+        return {}
+
+    @torch.no_grad()
+    def to_inference(self) -> SAE[Any]:
+        """The layer that `save_inference_model` would write."""
+        state_dict = {name: p.detach().clone() for name, p in self.state_dict().items()}
+        self.process_state_dict_for_saving_inference(state_dict)
+        sae = SAE.from_dict(self.cfg.get_inference_sae_cfg_dict())
+        sae.process_state_dict_for_loading(state_dict)
+        sae.load_state_dict(state_dict)
+        return sae

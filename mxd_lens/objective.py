@@ -1,0 +1,80 @@
+"""What every input-to-output layer is trained on: pairs, and the reference's loss on them."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from sae_lens.saes.sae import TrainStepOutput
+from torch import Tensor
+
+
+def split_pairs(
+    pairs: Float[Tensor, "batch d_pair"], d_in: int, d_out: int
+) -> tuple[Float[Tensor, "batch d_in"], Float[Tensor, "batch d_out"]]:
+    """(mlp_in, mlp_out) of a training batch ``cat([mlp_in, mlp_out], -1)``.
+
+    Raises:
+        ValueError: the batch is not d_in + d_out wide.
+    """
+    if pairs.shape[-1] != d_in + d_out:
+        raise ValueError(
+            f"a training batch has width {pairs.shape[-1]}, need d_in + d_out = "
+            f"{d_in + d_out}: cat([mlp_in, mlp_out], -1)"
+        )
+    x, y = pairs.split([d_in, d_out], dim=-1)
+    return x, y
+
+
+def step_output(
+    y: Float[Tensor, "batch d_out"],
+    y_hat: Float[Tensor, "batch d_out"],
+    values: Float[Tensor, "batch k"],
+    indices: Int[Tensor, "batch k"],
+    d_sae: int,
+) -> TrainStepOutput:
+    """A training step's outcome, as SAETrainer reads it.
+
+    Loss: mean over tokens and outputs of ``(y_hat - y)^2 / ||y||_2`` (the reference's).
+    ``sae_in`` is the target, from which SAETrainer logs explained variance; ``feature_acts`` is
+    a detached sparse tensor [batch, d_sae], for it to count firings of.
+    """
+    y_hat = y_hat.to(y.dtype)
+    norm = y.norm(dim=-1, keepdim=True).clamp_min(1e-6)
+    loss = ((y_hat - y).square() / norm).mean()
+    return TrainStepOutput(
+        sae_in=y,
+        sae_out=y_hat,
+        feature_acts=_as_coo(values.detach(), indices, d_sae),
+        hidden_pre=values,
+        loss=loss,
+        losses={"mse_loss": loss.detach()},
+    )
+
+
+def tangent(W: Tensor, dim: int) -> Tensor:
+    """The identity on vectors of unit norm along dim; its gradient has no component along them."""
+    return _Tangent.apply(W, dim)  # type: ignore[return-value]
+
+
+class _Tangent(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, W: Tensor, dim: int) -> Tensor:
+        ctx.save_for_backward(W)
+        ctx.dim = dim
+        return W.view_as(W)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (W,) = ctx.saved_tensors
+        return grad - W * (W * grad).sum(ctx.dim, keepdim=True), None
+
+
+def _as_coo(values: Tensor, indices: Tensor, d_sae: int) -> Tensor:
+    batch, k = values.shape
+    rows = torch.arange(batch, device=values.device).repeat_interleave(k)
+    return torch.sparse_coo_tensor(
+        torch.stack([rows, indices.flatten()]),
+        values.flatten(),
+        (batch, d_sae),
+        check_invariants=False,
+    )

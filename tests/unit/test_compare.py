@@ -1,0 +1,172 @@
+"""Many layers from one pass of the language model."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+from sae_lens import SAE
+
+from mxd_lens import CompareConfig, compare, evaluate
+from mxd_lens.cli import main
+from mxd_lens.data import activations_store, cache_pairs, cached_pairs, stored_pairs
+from mxd_lens.models import mlp_hooks
+from mxd_lens.train import Interrupted, load_documents
+
+from ..conftest import TINY_RUN
+
+NAMES = ["mxd", "mxd:paper", "topk_transcoder", "topk_skip_transcoder", "topk"]
+
+
+@pytest.fixture
+def make_compare(tmp_path):
+    def make(**fields):
+        defaults = {"output": str(tmp_path / "compare"), "k": [2, 3], "n_sequences": 4}
+        return CompareConfig(**(TINY_RUN | defaults | fields))
+
+    return make
+
+
+@pytest.fixture
+def fill(tiny_bridge, documents, tmp_path):
+    """``fill(n_tokens, folder)``: cache activations there."""
+    hooks = mlp_hooks(tiny_bridge, 1)
+
+    def fill(n_tokens, folder="activations", source=None, autocast=False):
+        store = activations_store(
+            tiny_bridge,
+            documents,
+            hooks,
+            context_size=8,
+            batch_size=32,
+            lm_batch_size=4,
+            device="cpu",
+            autocast_lm=autocast,
+        )
+        cache_pairs(tmp_path / folder, store, hooks, n_tokens, source or {"model": "tiny"})
+        return tmp_path / folder
+
+    return fill
+
+
+class TestCachedActivations:
+    def test_they_are_the_mlps_input_and_output_at_ordinary_tokens(self, fill, tiny_bridge):
+        x, y = stored_pairs(fill(100), 100).split(16, dim=-1)
+        torch.testing.assert_close(tiny_bridge.blocks[1].mlp.original_component(x), y)
+        assert len(x.unique(dim=0)) > 50
+
+    def test_bfloat16_where_the_model_runs_in_it(self, fill):
+        assert stored_pairs(fill(100, autocast=True), 100).dtype == torch.bfloat16
+
+    def test_every_batch_once_in_the_seeds_order(self, fill):
+        folder = fill(96)
+
+        def epoch(seed):
+            batches = cached_pairs(folder, 96, 32, seed)
+            return torch.cat([next(batches) for _ in range(3)])
+
+        torch.testing.assert_close(epoch(0).sort(0).values, stored_pairs(folder, 96).sort(0).values)
+        assert torch.equal(epoch(0), epoch(0))
+        assert not torch.equal(epoch(0), epoch(1))
+
+    def test_an_interrupted_pass_goes_on_where_it_stopped(self, fill, tiny_bridge, monkeypatch):
+        passes = 0
+        run = tiny_bridge.run_with_cache
+
+        def counted(*args, **kwargs):
+            nonlocal passes
+            passes += 1
+            if passes == 4:
+                raise KeyboardInterrupt
+            return run(*args, **kwargs)
+
+        monkeypatch.setattr(tiny_bridge, "run_with_cache", counted)
+        whole = fill(60, "whole")
+        used = passes
+        assert used == 3
+        with pytest.raises(KeyboardInterrupt):
+            fill(200)
+        folder = fill(200)
+        assert passes - used < 14
+        whole = fill(200, "whole")
+        assert (folder / "pairs.bin").read_bytes() == (whole / "pairs.bin").read_bytes()
+
+    def test_other_activations_are_not_mistaken_for_these(self, fill):
+        fill(50)
+        with pytest.raises(ValueError, match="holds activations with other model"):
+            fill(50, source={"model": "large"})
+
+    def test_more_than_there_are(self, fill):
+        with pytest.raises(ValueError, match="does not hold the activations of 5,000 tokens"):
+            stored_pairs(fill(50), 5_000)
+
+
+def test_an_interrupted_comparison_equals_an_undisturbed_one(
+    make_compare, tiny_bridge, documents, at_step, tmp_path, one_thread
+):
+    whole = compare(make_compare(output=str(tmp_path / "whole")), tiny_bridge, documents)
+    assert [(row["name"], row["k"]) for row in whole] == [(n, k) for k in (2, 3) for n in NAMES]
+    assert {row["architecture"] for row in whole} == {n.partition(":")[0] for n in NAMES}
+    assert {row["training_tokens"] for row in whole} == {32 * 40}
+
+    cfg = make_compare()
+    steps = 0
+
+    def interrupt_in_the_fourth_run():
+        nonlocal steps
+        steps += 1
+        if steps == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with at_step(17, interrupt_in_the_fourth_run), pytest.raises(Interrupted):
+        compare(cfg, tiny_bridge, documents)
+    results = tmp_path / "compare" / "results.json"
+    assert len(json.loads(results.read_text())) == 3
+    assert compare(cfg, tiny_bridge, documents) == whole
+    assert results.read_bytes() == (tmp_path / "whole" / "results.json").read_bytes()
+    assert [row["name"] for row in json.loads(results.read_text())] == [
+        n for n in NAMES for _ in "kk"
+    ]
+    page = results.with_suffix(".html").read_text()
+    assert "skip transcoder" in page and "nats per token" in page
+
+
+def test_a_finished_comparison_is_only_read(make_compare, tiny_bridge, documents, at_step):
+    cfg = make_compare(architectures=["topk_transcoder"], k=[2])
+    rows = compare(cfg, tiny_bridge, documents)
+    with at_step(0, lambda: pytest.fail("trained again")):
+        assert compare(cfg) == rows
+    with pytest.raises(ValueError, match="holds another run, with other lr"):
+        compare(make_compare(architectures=["topk_transcoder"], k=[2], lr=1e-4), tiny_bridge)
+
+
+def test_a_later_comparison_adds_to_the_folder(make_compare, tiny_bridge, documents, tmp_path):
+    compare(make_compare(architectures=["topk_transcoder"], k=[2]), tiny_bridge, documents)
+    rows = compare(
+        make_compare(architectures=["topk_transcoder"], k=[2], seeds=[1]), tiny_bridge, documents
+    )
+    assert [row["seed"] for row in rows] == [1]
+    written = json.loads((tmp_path / "compare" / "results.json").read_text())
+    assert [row["seed"] for row in written] == [0, 1]
+    assert written[0]["fvu"] != written[1]["fvu"]
+
+
+def test_a_row_is_what_the_saved_layer_does(make_compare, tiny_bridge, documents):
+    cfg = make_compare(architectures=NAMES, k=[2])
+    rows = compare(cfg, tiny_bridge, documents)
+    held_out = load_documents(cfg, documents)[1]
+    for row, run in zip(rows, cfg.runs().values(), strict=True):
+        layer = SAE.load_from_disk(run.layer_path)
+        again, _ = evaluate(tiny_bridge, layer, held_out, n_sequences=4)
+        assert {name: row[name] for name in again} == pytest.approx(again)
+
+
+def test_no_such_architecture(make_compare):
+    with pytest.raises(ValueError, match="unknown architecture 'tanscoder'"):
+        make_compare(architectures=["tanscoder"])
+
+
+def test_evaluating_an_empty_folder(tmp_path):
+    with pytest.raises(SystemExit, match="holds neither a finished run nor a comparison"):
+        main(["evaluate", "--run", str(tmp_path), "--dataset", "demo:state-of-the-union"])

@@ -1,0 +1,281 @@
+"""SAELens' evaluation of layers between two hooks, against the same numbers computed plainly."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from datasets import Dataset
+from sae_lens import evals
+from sae_lens.evals import EvalConfig, get_eval_everything_config
+from sae_lens.saes.sae import SAE, SAEMetadata
+from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
+from sae_lens.saes.transcoder import (
+    SkipTranscoder,
+    SkipTranscoderConfig,
+    Transcoder,
+    TranscoderConfig,
+)
+from sae_lens.training.activation_scaler import ActivationScaler
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from mxd_lens.data import activations_store, special_tokens
+from mxd_lens.mxd import MxD, MxDConfig
+from mxd_lens.saelens_evals import at_output, run_evals
+from mxd_lens.transcoder import (
+    TopKSkipTranscoder,
+    TopKSkipTranscoderConfig,
+    TopKTranscoder,
+    TopKTranscoderConfig,
+)
+from tests.conftest import SENTENCES, randomise
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+N_BATCHES, BATCH, CONTEXT = 3, 4, 8
+HOOK_OUT = {"tiny_hooked": "blocks.1.hook_mlp_out", "tiny_bridge": "blocks.1.mlp.hook_out"}
+LAYERS = {
+    "mxd": (MxD, MxDConfig, {"d_hidden": 32, "k": 4}),
+    "topk_transcoder": (TopKTranscoder, TopKTranscoderConfig, {"k": 4}),
+    "topk_skip_transcoder": (TopKSkipTranscoder, TopKSkipTranscoderConfig, {"k": 4}),
+    "transcoder": (Transcoder, TranscoderConfig, {}),
+    "skip_transcoder": (SkipTranscoder, SkipTranscoderConfig, {}),
+}
+RECONSTRUCTION = EvalConfig(
+    n_eval_reconstruction_batches=N_BATCHES, compute_kl=True, compute_ce_loss=True
+)
+THE_LAYER_ALONE = EvalConfig(
+    n_eval_sparsity_variance_batches=N_BATCHES,
+    compute_l2_norms=True,
+    compute_sparsity_metrics=True,
+    compute_variance_metrics=True,
+    compute_featurewise_density_statistics=True,
+)
+
+
+@pytest.fixture(params=HOOK_OUT)
+def model(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def lm(request, model, llama_folder):
+    lm = request.getfixturevalue(model)
+    if model == "tiny_hooked":
+        lm.set_tokenizer(AutoTokenizer.from_pretrained(llama_folder))
+    return lm
+
+
+@pytest.fixture
+def metadata(model) -> SAEMetadata:
+    return SAEMetadata(hook_name="blocks.1.mlp.hook_in", hook_name_out=HOOK_OUT[model])
+
+
+@pytest.fixture
+def store(lm, metadata):
+    """``store()``: the same text from its start."""
+    rng = random.Random(0)
+    words = " ".join(SENTENCES).split()
+    dataset = Dataset.from_dict(
+        {"text": [" ".join(rng.choices(words, k=rng.randint(3, 20))) for _ in range(60)]}
+    )
+
+    def store():
+        return activations_store(
+            lm,
+            dataset,
+            (metadata.hook_name, metadata.hook_name_out),
+            context_size=CONTEXT,
+            batch_size=BATCH * CONTEXT,
+            lm_batch_size=BATCH,
+            device="cpu",
+            autocast_lm=False,
+        )
+
+    return store
+
+
+def make(architecture: str, metadata: SAEMetadata) -> SAE:
+    cls, cfg, fields = LAYERS[architecture]
+    cfg = cfg(d_in=16, d_out=16, d_sae=40, apply_b_dec_to_input=False, metadata=metadata, **fields)
+    layer = cls(cfg)
+    randomise(layer)
+    return layer
+
+
+@pytest.fixture(params=LAYERS)
+def layer(request, metadata) -> SAE:
+    return make(request.param, metadata)
+
+
+@pytest.fixture
+def mxd(metadata) -> SAE:
+    return make("mxd", metadata)
+
+
+@torch.no_grad()
+def plainly(lm, layer: SAE, store, hook_out: str) -> dict[str, float]:
+    """What run_evals says, from logits and activations at ordinary tokens."""
+    log_probs: dict[str, list[Tensor]] = {"without": [], "with": [], "ablation": []}
+    targets, predicting, ordinary, xs, ys = [], [], [], [], []
+    for _ in range(N_BATCHES):
+        tokens = store.get_batch_tokens()
+        keep = ~torch.isin(tokens, special_tokens(lm))
+        _, cache = lm.run_with_cache(tokens)
+        x, y = cache["blocks.1.mlp.hook_in"], cache[hook_out]
+        for name, replacement in {
+            "without": y,
+            "with": torch.where(keep[..., None], layer(x), y),
+            "ablation": torch.zeros_like(y),
+        }.items():
+            logits = lm.run_with_hooks(
+                tokens, fwd_hooks=[(hook_out, lambda *_, hook, new=replacement: new)]
+            )
+            log_probs[name].append(logits.double().log_softmax(-1))
+        targets.append(tokens[:, 1:][keep[:, :-1]])
+        predicting.append(keep[:, :-1])
+        ordinary.append(keep)
+        xs.append(x[keep])
+        ys.append(y[keep])
+    predicting, ordinary = torch.cat(predicting), torch.cat(ordinary)
+    assert 0 < ordinary.sum() < ordinary.numel()
+    lp = {name: torch.cat(batches) for name, batches in log_probs.items()}
+    ce = {
+        name: -v[:, :-1][predicting].gather(-1, torch.cat(targets)[:, None]).mean().item()
+        for name, v in lp.items()
+    }
+    p = lp["without"][ordinary]
+    kl = {name: (p.exp() * (p - v[ordinary])).sum(-1).mean().item() for name, v in lp.items()}
+
+    x, y = torch.cat(xs), torch.cat(ys).double()
+    y_hat, acts = layer(x).double(), layer.encode(x)
+    error = (y - y_hat).square().sum(-1)
+    return {
+        "ce_loss_without_sae": ce["without"],
+        "ce_loss_with_sae": ce["with"],
+        "ce_loss_with_ablation": ce["ablation"],
+        "ce_loss_score": (ce["ablation"] - ce["with"]) / (ce["ablation"] - ce["without"]),
+        "kl_div_with_sae": kl["with"],
+        "kl_div_with_ablation": kl["ablation"],
+        "kl_div_score": 1 - kl["with"] / kl["ablation"],
+        "mse": error.mean().item(),
+        "explained_variance": 1 - (error.sum() / (y - y.mean(0)).square().sum()).item(),
+        "cossim": torch.cosine_similarity(y, y_hat).mean().item(),
+        "l2_norm_in": y.norm(dim=-1).mean().item(),
+        "l2_norm_out": y_hat.norm(dim=-1).mean().item(),
+        "l0": (acts > 0).double().sum(-1).mean().item(),
+        "l1": acts.double().sum(-1).mean().item(),
+        "feature_density": (acts > 0).double().mean(0).tolist(),
+    }
+
+
+def measured(lm, layer: SAE, store, run=run_evals) -> dict[str, float]:
+    found = {}
+    for cfg in (RECONSTRUCTION, THE_LAYER_ALONE):
+        metrics, features = run(layer, store(), lm, ActivationScaler(), cfg)
+        for group in (*metrics.values(), features):
+            found |= group
+    return found
+
+
+def test_equals_the_plain_computation(lm, layer, store, metadata):
+    expected = plainly(lm, layer, store(), metadata.hook_name_out)
+    found = measured(lm, layer, store)
+    assert abs(expected["ce_loss_with_sae"] - expected["ce_loss_without_sae"]) > 0.01
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
+
+
+def test_the_mlps_own_mxd_is_perfect(lm, store, metadata):
+    mxd = MxD.from_mlp(lm.blocks[1].mlp, d_sae=8, k=3)
+    mxd.cfg.metadata = metadata
+    found = measured(lm, mxd, store)
+    assert abs(found["ce_loss_with_ablation"] - found["ce_loss_without_sae"]) > 0.01
+    for name in ("ce_loss_score", "kl_div_score", "explained_variance", "cossim", "l2_ratio"):
+        assert found[name] == pytest.approx(1, abs=1e-3), name
+    assert found["kl_div_with_sae"] == pytest.approx(0, abs=1e-5)
+    assert found["l0"] == 3
+
+
+def test_everything_saelens_can_measure(lm, mxd, store):
+    cfg = get_eval_everything_config(BATCH, N_BATCHES, N_BATCHES)
+    metrics, features = run_evals(mxd, store(), lm, ActivationScaler(), cfg, verbose=True)
+    assert len(metrics) == 6
+    assert all(len(values) == 40 for values in features.values())
+    assert features["encoder_bias"] == mxd.b_enc.tolist()
+
+
+def test_all_tokens(lm, mxd, store, metadata):
+    metrics, _ = run_evals(
+        mxd, store(), lm, ActivationScaler(), THE_LAYER_ALONE, exclude_special_tokens=False
+    )
+    batches = store()
+    tokens = torch.cat([batches.get_batch_tokens() for _ in range(N_BATCHES)])
+    _, cache = lm.run_with_cache(tokens)
+    y, y_hat = cache[metadata.hook_name_out], mxd(cache[metadata.hook_name])
+    expected = (y - y_hat).square().sum(-1).mean().item()
+    assert metrics["reconstruction_quality"]["mse"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_an_sae_passes_through(lm, store, metadata):
+    hook = metadata.hook_name_out
+    sae = TopKSAE(TopKSAEConfig(d_in=16, d_sae=40, k=4, metadata=SAEMetadata(hook_name=hook)))
+    with at_output(lm, sae) as same:
+        assert same is sae
+    found, expected = measured(lm, sae, store), measured(lm, sae, store, evals.run_evals)
+    assert found["l0"] == 4
+    assert repr(found) == repr(expected)  # nan included
+
+
+def test_a_bridges_other_names_of_a_hook(tiny_bridge):
+    metadata = SAEMetadata(hook_name="blocks.1.mlp.hook_in", hook_name_out="blocks.1.hook_mlp_out")
+    mxd = make("mxd", metadata)
+    with at_output(tiny_bridge, mxd) as layer:
+        assert layer.cfg.metadata.hook_name == "blocks.1.mlp.hook_out"
+    assert mxd.cfg.metadata.hook_name == "blocks.1.mlp.hook_in"
+
+
+def test_leaves_no_hook_behind(lm, mxd, tokens):
+    def hooks() -> int:
+        points = [*lm.hook_dict.values(), *mxd.hook_dict.values()]
+        return sum(len(point._forward_hooks) for point in points)
+
+    seen = []
+    lm.hook_dict[mxd.cfg.metadata.hook_name].add_perma_hook(lambda x, hook: seen.append(x))
+    before = hooks()
+    with pytest.raises(KeyError), at_output(lm, mxd):
+        assert hooks() == before + 2
+        raise KeyError
+    assert hooks() == before
+    lm(tokens)
+    assert len(seen) == 1
+
+
+def test_reads_the_input_of_the_same_forward_pass_only(lm, mxd, tokens, metadata):
+    with at_output(lm, mxd) as layer:
+        with pytest.raises(RuntimeError, match="after no input"):
+            layer.encode(torch.zeros(2, 7, 16))
+        _, cache = lm.run_with_cache(tokens)
+        y = cache[metadata.hook_name_out]
+        acts = layer.encode(y)
+        torch.testing.assert_close(layer.decode(acts), mxd(cache[metadata.hook_name]))
+        with pytest.raises(RuntimeError, match="after no input"):
+            layer.encode(y)
+        with pytest.raises(RuntimeError, match="what the last encode gave"):
+            layer.decode(acts + 1)
+        lm(tokens)
+        with pytest.raises(RuntimeError, match=r"\(2, 3, 16\) after an input \(2, 7, 16\)"):
+            layer.encode(y[:, :3])
+
+
+def test_a_model_without_the_hooks(lm, mxd, store):
+    mxd.cfg.metadata.hook_name_out = "blocks.9.hook_mlp_out"
+    with pytest.raises(ValueError, match=r"no hook blocks\.9\.hook_mlp_out"):
+        run_evals(mxd, store(), lm, ActivationScaler(), RECONSTRUCTION)
+
+
+def test_rescaled_activations(lm, mxd, store):
+    with pytest.raises(ValueError, match="cannot rescale"):
+        run_evals(mxd, store(), lm, ActivationScaler(scaling_factor=2.0), RECONSTRUCTION)
