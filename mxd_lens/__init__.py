@@ -1,7 +1,7 @@
 """Mixtures of Decoders for TransformerLens and SAELens.
 
-Importing this package registers the architecture ``mxd`` with SAELens, so that
-``SAE.load_from_disk`` and SAELens' trainer know it.
+Importing this package registers the architectures ``mxd``, ``topk_transcoder`` and
+``topk_skip_transcoder`` with SAELens, so that ``SAE.load_from_disk`` and its trainer know them.
 """
 
 from mxd_lens.compare import CompareConfig, compare

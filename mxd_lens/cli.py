@@ -117,11 +117,11 @@ def run_compare(cfg: CompareConfig) -> None:
 
 def run_demo(cfg: DemoConfig) -> None:
     """`mxd-lens demo`."""
-    cfg = replace(DEMO, output=cfg.output)
-    rows = compare(cfg)
+    demo = replace(DEMO, output=cfg.output)
+    rows = compare(demo)
     print(f"\n{plots.table(rows[0])}\n\n{plots.comparison_table(rows)}\n")
-    mxd = next(iter(cfg.runs().values()))
-    print(f"{cfg.output}/results.json  {cfg.output}/results.html  {mxd.layer_path}")
+    mxd = next(iter(demo.runs().values()))
+    print(f"{demo.output}/results.json  {demo.output}/results.html  {mxd.layer_path}")
 
 
 COMMANDS = {

@@ -20,6 +20,7 @@ from mxd_lens.data import Text, load_text
 from mxd_lens.faithfulness import Heldout, evaluate, read_heldout
 from mxd_lens.models import load_model, mlp_hooks
 from mxd_lens.probing import (
+    SCORES,
     TextActivations,
     load_labelled,
     pool_layer,
@@ -69,9 +70,7 @@ class CompareConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for cfg in self.runs().values():
-            if Path(cfg.output).parent != Path(self.output):
-                raise ValueError(f"{cfg.architecture!r} is no name for an architecture")
+        self.runs()  # each run's configuration checks itself
 
     def runs(self) -> dict[tuple[str, int, int], TrainConfig]:
         """The training runs, by (architecture as named here, k, seed), in the order they go."""
@@ -81,11 +80,12 @@ class CompareConfig(RunConfig):
             for k in self.k:
                 for name in self.architectures:
                     architecture, _, recipe = name.partition(":")
+                    known: dict[str, Any] = {"recipe": recipe} if recipe else {}
                     folder = f"{name.replace(':', '-')}-k{k}-seed{seed}"
                     runs[name, k, seed] = TrainConfig(
                         **{**shared, "output": str(Path(self.output) / folder)},
                         architecture=architecture,
-                        recipe=recipe or "centred",
+                        **known,
                         k=k,
                         seed=seed,
                         lr=self.lr,
@@ -98,9 +98,9 @@ def compare(cfg: CompareConfig, model: Any = None, dataset: Text | None = None) 
     """Train and measure every layer, or those that are missing.
 
     Returns:
-        One row per layer, with `evaluate`'s keys and `name`, `seed`, `lr`, and ``probe`` where
-        asked for. ``results.json`` and ``results.html``, written anew as each layer is finished,
-        show these and what else earlier comparisons have left in the folder.
+        One row per layer, with `evaluate`'s keys and `name`, `seed`, `lr`, and probing scores
+        where asked for. ``results.json`` and ``results.html``, written anew as each layer is
+        finished, show these and what else earlier comparisons have left in the folder.
 
     Raises:
         ValueError, Interrupted: as `train`.
@@ -123,7 +123,7 @@ def compare(cfg: CompareConfig, model: Any = None, dataset: Text | None = None) 
             sae = train(run, model, dataset)
             row = measure(model, sae, run, heldout) | {"dataset": f"{cfg.dataset} (held out)"}
             if labelled is not None:
-                row["probe"] = _probe(sae, *labelled)
+                row |= _probe(sae, *labelled)
             _results(run).write_text(json.dumps(row, indent=2) + "\n")
             finished[key] = row
             write_results(folder, all_rows(folder))
@@ -133,8 +133,7 @@ def compare(cfg: CompareConfig, model: Any = None, dataset: Text | None = None) 
 def measure(model: Any, sae: SAE[Any], run: TrainConfig, heldout: Heldout) -> dict[str, Any]:
     """One row: what was trained and how it does on the held-out text."""
     row, _ = evaluate(model, sae, heldout, autocast=run.autocast)
-    name = "mxd:paper" if run.recipe == "paper" and run.architecture == "mxd" else run.architecture
-    return {"name": name, "seed": run.seed, "lr": learning_rate(run), **row}
+    return {"name": run.name, "seed": run.seed, "lr": learning_rate(run), **row}
 
 
 def all_rows(folder: Path) -> list[dict[str, Any]]:
@@ -146,7 +145,7 @@ def all_rows(folder: Path) -> list[dict[str, Any]]:
         return (
             names.index(row["name"]) if known else len(names),
             row["name"],
-            row["k"],
+            row["k"] or 0,
             row["seed"],
         )
 
@@ -187,11 +186,15 @@ def _labelled(cfg: CompareConfig, model: Any) -> tuple[TextActivations, list[str
     return text_activations(model, texts["text"], hooks, autocast=cfg.autocast), texts["label"]
 
 
-def _probe(sae: SAE[Any], activations: TextActivations, labels: list[str]) -> list[dict[str, Any]]:
-    """Probing scores, means over classes and five splits of the texts."""
+def _probe(sae: SAE[Any], activations: TextActivations, labels: list[str]) -> dict[str, float]:
+    """Scores of probes on one, two and five features, means over classes and five splits."""
     features = pool_layer(sae, activations)
     splits = [probe(features, labels, n_features=(1, 2, 5), seed=seed) for seed in range(5)]
-    return summarise([row for rows in splits for row in rows])
+    return {
+        f"probe_{score}_top{scores['n_features']}": scores[score]
+        for scores in summarise([row for rows in splits for row in rows])
+        for score in SCORES
+    }
 
 
 def measure_again(folder: Path, dataset: str, n_sequences: int) -> list[dict[str, Any]]:

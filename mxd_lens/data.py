@@ -52,16 +52,7 @@ def load_text(
     Raises:
         ValueError: it cannot be loaded, has no such column, or is empty.
     """
-    if source in DEMO_TEXTS:
-        dataset: Text = DEMO_TEXTS[source]()
-    elif (reader := _FILE_READERS.get(Path(source).suffix)) is not None:
-        if not Path(source).is_file():
-            raise ValueError(f"there is no file {source}")
-        builder, options = reader
-        dataset = _load(source, builder, data_files=source, streaming=streaming, **options)
-    else:
-        name, _, config = source.partition(":")
-        dataset = _load(source, name, config or None, split=split, streaming=streaming)
+    dataset = DEMO_TEXTS[source]() if source in DEMO_TEXTS else read(source, split, streaming)
     first = next(iter(dataset), None)
     if first is None:
         raise ValueError(f"{source} holds no text")
@@ -77,11 +68,25 @@ def load_text(
     )
 
 
-def _load(source: str, *args: Any, split: str = "train", **kwargs: Any) -> Text:
+def read(source: str, split: str = "train", streaming: bool = False) -> Text:
+    """A hub data set (``name`` or ``name:config``) or a local file, with all its columns.
+
+    Raises:
+        ValueError: there is no such file, or `datasets` cannot load it.
+    """
+    reader = _FILE_READERS.get(Path(source).suffix)
+    if reader is None:
+        name, _, config = source.partition(":")
+        how: dict[str, Any] = {"path": name, "name": config or None, "split": split}
+    elif Path(source).is_file():
+        builder, options = reader
+        how = {"path": builder, "data_files": source, "split": "train", **options}
+    else:
+        raise ValueError(f"there is no file {source}")
     try:
-        return datasets.load_dataset(*args, split=split, **kwargs)
+        return datasets.load_dataset(**how, streaming=streaming)
     except Exception as error:  # `datasets` raises many kinds for one cause: not loadable
-        raise ValueError(f"cannot load the text {source!r}: {error}") from error
+        raise ValueError(f"cannot load {source!r}: {error}") from error
 
 
 def split_documents(dataset: Text, n_heldout: int, seed: int = 0) -> tuple[Text, Text]:

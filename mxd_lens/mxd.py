@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -293,8 +293,8 @@ class TrainingMxDConfig(TrainingSAEConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check(self)
-        if self.recipe not in ("centred", "paper"):
-            raise ValueError(f"recipe must be 'centred' or 'paper', got {self.recipe!r}")
+        if self.recipe not in get_args(Recipe):
+            raise ValueError(f"recipe must be one of {get_args(Recipe)}, got {self.recipe!r}")
 
 
 class TrainingMxD(MxD, TrainingTopKLayer):

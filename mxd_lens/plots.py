@@ -207,10 +207,9 @@ def comparison_table(rows: list[dict[str, Any]]) -> str:
         "always on": lambda row: str(row["always_on"]),
         "parameters": lambda row: f"{row['n_parameters']:,}",
     }
-    for i, scores in enumerate(rows[0].get("probe", ())):
-        columns[f"probe F1, top {scores['n_features']}"] = lambda row, i=i: (
-            f"{row['probe'][i]['f1']:.3f}"
-        )
+    for n in (1, 2, 5):
+        if (key := f"probe_f1_top{n}") in rows[0]:
+            columns[f"probe F1, top {n}"] = lambda row, key=key: f"{row[key]:.3f}"
     lines = [list(columns), ["---"] * len(columns)]
     lines += [[show(row) for show in columns.values()] for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

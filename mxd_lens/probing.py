@@ -18,7 +18,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,7 +36,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from mxd_lens import assets
-from mxd_lens.data import _FILE_READERS, _load, special_tokens
+from mxd_lens.data import read, special_tokens
 from mxd_lens.mxd import MxD
 from mxd_lens.splice import get_mlp
 
@@ -76,7 +75,8 @@ def load_labelled(
     Raises:
         ValueError: it cannot be loaded, has no such column, or has too few texts of a class.
     """
-    rows = _open(source, split)
+    rows = DEMO_LABELLED[source]() if source in DEMO_LABELLED else read(source, split)
+    assert isinstance(rows, Dataset)
     for column in (text_column, label_column):
         if column not in rows.column_names:
             raise ValueError(
@@ -117,18 +117,6 @@ def load_labelled(
             f"wants {wanted}: ask for at most {n * len(classes)}"
         )
     return Dataset.from_dict({"text": list(taken), "label": list(taken.values())})
-
-
-def _open(source: str, split: str) -> Dataset:
-    if source in DEMO_LABELLED:
-        return DEMO_LABELLED[source]()
-    if (reader := _FILE_READERS.get(Path(source).suffix)) is not None:
-        if not Path(source).is_file():
-            raise ValueError(f"there is no file {source}")
-        builder, options = reader
-        return _load(source, builder, data_files=source, **options)  # type: ignore[return-value]
-    name, _, config = source.partition(":")
-    return _load(source, name, config or None, split=split)  # type: ignore[return-value]
 
 
 # Features of texts

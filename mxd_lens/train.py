@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from sae_lens.config import SAETrainerConfig
@@ -127,6 +127,8 @@ class TrainConfig(RunConfig):
                 f"unknown architecture {self.architecture!r}; known: "
                 f"{', '.join(sorted(SAE_TRAINING_CLASS_REGISTRY))}"
             )
+        if self.recipe not in get_args(Recipe):
+            raise ValueError(f"recipe must be one of {get_args(Recipe)}, got {self.recipe!r}")
         try:
             options = json.loads(self.sae_options)
         except json.JSONDecodeError as error:
@@ -138,6 +140,12 @@ class TrainConfig(RunConfig):
                 f"sae_options must be an object with fields of {cfg_class.__name__}: "
                 f"{', '.join(sorted(known))}"
             )
+
+    @property
+    def name(self) -> str:
+        """What a comparison calls such layers."""
+        paper = self.architecture == "mxd" and self.recipe == "paper"
+        return "mxd:paper" if paper else self.architecture
 
     @property
     def layer_path(self) -> Path:
@@ -225,7 +233,7 @@ def train(cfg: TrainConfig, model: Any = None, dataset: Text | None = None) -> S
 
 def learning_rate(cfg: TrainConfig) -> float:
     """The run's peak learning rate."""
-    return BEST_LR.get(cfg.architecture, 3e-3) if cfg.lr is None else cfg.lr
+    return BEST_LR.get(cfg.name, 3e-3) if cfg.lr is None else cfg.lr
 
 
 def fill_activations(
