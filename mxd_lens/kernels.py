@@ -105,7 +105,7 @@ def _row_sum(weights: Tensor, indices: Tensor, table: Tensor) -> Tensor:
     k = indices.shape[-1]
     out = F.embedding_bag(
         indices.reshape(-1, k),
-        table,
+        table.contiguous(),
         per_sample_weights=weights.reshape(-1, k).to(table.dtype),
         mode="sum",
     )

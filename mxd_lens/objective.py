@@ -44,7 +44,7 @@ def step_output(
     return TrainStepOutput(
         sae_in=y,
         sae_out=y_hat,
-        feature_acts=_as_coo(values.detach(), indices, d_sae),
+        feature_acts=as_coo(values.detach(), indices, d_sae),
         hidden_pre=values,
         loss=loss,
         losses={"mse_loss": loss.detach()},
@@ -69,7 +69,10 @@ class _Tangent(torch.autograd.Function):
         return grad - W * (W * grad).sum(ctx.dim, keepdim=True), None
 
 
-def _as_coo(values: Tensor, indices: Tensor, d_sae: int) -> Tensor:
+def as_coo(
+    values: Float[Tensor, "batch k"], indices: Int[Tensor, "batch k"], d_sae: int
+) -> Float[Tensor, "batch d_sae"]:
+    """The coefficients as a sparse tensor, which SAETrainer can count firings of."""
     batch, k = values.shape
     rows = torch.arange(batch, device=values.device).repeat_interleave(k)
     return torch.sparse_coo_tensor(

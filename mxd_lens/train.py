@@ -19,6 +19,7 @@ from sae_lens.config import SAETrainerConfig
 from sae_lens.constants import RUNNER_CFG_FILENAME, SPARSITY_FILENAME
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.sae import SAE, SAEMetadata, TrainingSAE, TrainingSAEConfig
+from sae_lens.saes.topk_sae import TopKTrainingSAE
 from sae_lens.training.sae_trainer import SAETrainer
 from safetensors.torch import save_file
 from torch import Tensor
@@ -38,6 +39,7 @@ from mxd_lens.matching import matched_d_sae
 from mxd_lens.models import ModelClass, load_model, mlp_hooks
 from mxd_lens.mxd import Recipe, TrainingMxD, read_mlp
 from mxd_lens.splice import get_mlp
+from mxd_lens.topk_sae import SparseTopKTrainingSAE
 
 BEST_LR = {"mxd": 3e-3, "topk_transcoder": 3e-3, "topk_skip_transcoder": 3e-3, "topk": 3e-3}
 """Peak learning rates, from the search in tests/benchmarks/search_lr.py."""
@@ -316,7 +318,8 @@ def layer_config(
 
 def new_layer(cfg: TrainConfig, layer_cfg: TrainingSAEConfig) -> TrainingSAE[Any]:
     """A layer of the architecture that was asked for, at random weights."""
-    return SAE_TRAINING_CLASS_REGISTRY[cfg.architecture][0](layer_cfg)
+    sae_class = SAE_TRAINING_CLASS_REGISTRY[cfg.architecture][0]
+    return (SparseTopKTrainingSAE if sae_class is TopKTrainingSAE else sae_class)(layer_cfg)
 
 
 def _reads_pairs(architecture: str) -> bool:

@@ -20,7 +20,7 @@ from mxd_lens.data import stored_pairs
 from mxd_lens.faithfulness import hooks_of
 from mxd_lens.train import fill_activations
 
-LEARNING_RATES = [1e-3, 3e-3, 1e-2]
+LEARNING_RATES = [1e-3, 3e-3, 1e-2, 3e-2]
 SEARCH = CompareConfig(output="runs/search", training_tokens=409_600, k=[32], autocast=True)
 N_VALIDATION = 40_960
 

@@ -26,7 +26,7 @@ def test_all_architectures_have_as_many_parameters(name, architecture):
 
 
 def test_the_command_shows_the_papers_recipe(capsys):
-    main("train --preset gpt2-124m --dry_run --k 64 --output elsewhere".split())
+    main(["train", "--preset", "gpt2-124m", "--dry_run", "--k", "64", "--output", "elsewhere"])
     shown = json.loads(capsys.readouterr().out)
     assert shown["shapes"]["W_enc"] == [768, 21_490]
     assert shown["shapes"]["W_in"] == [768, 3072]
