@@ -29,6 +29,7 @@ DEMO = CompareConfig(
     architectures=["mxd", "topk_transcoder"],
     k=[32],
     autocast=True,
+    n_sequences=32,
 )
 
 
@@ -181,7 +182,7 @@ def main(arguments: list[str] | None = None) -> None:
             show_preset(preset, chosen.cfg)
         else:
             COMMANDS[chosen.command][1](chosen.cfg)
-    except (ValueError, AssetError) as error:
+    except (ValueError, OSError, AssetError) as error:
         sys.exit(f"mxd-lens: {error}")
     except Interrupted as error:
         print(f"\nmxd-lens: {error}", file=sys.stderr)

@@ -107,7 +107,7 @@ def compare(cfg: CompareConfig, model: Any = None, dataset: Text | None = None) 
     """
     folder = Path(cfg.output)
     runs = cfg.runs()
-    finished = {key: _finished_row(run) for key, run in runs.items()}
+    finished = {key: _finished_row(run, cfg.probe) for key, run in runs.items()}
     if not all(finished.values()):
         model = model or load_model(cfg.model, cfg.model_class, cfg.device)
         fill_activations(cfg, folder / "activations", model, dataset)
@@ -123,7 +123,7 @@ def compare(cfg: CompareConfig, model: Any = None, dataset: Text | None = None) 
             sae = train(run, model, dataset)
             row = measure(model, sae, run, heldout) | {"dataset": f"{cfg.dataset} (held out)"}
             if labelled is not None:
-                row |= _probe(sae, *labelled)
+                row |= {"probe": cfg.probe, **_probe(sae, *labelled)}
             _results(run).write_text(json.dumps(row, indent=2) + "\n")
             finished[key] = row
             write_results(folder, all_rows(folder))
@@ -158,11 +158,12 @@ def _results(run: TrainConfig) -> Path:
     return Path(run.output) / "results.json"
 
 
-def _finished_row(run: TrainConfig) -> dict[str, Any] | None:
+def _finished_row(run: TrainConfig, probe: str | None) -> dict[str, Any] | None:
     if not _results(run).exists():
         return None
     claim_folder(run)
-    return json.loads(_results(run).read_text())
+    row = json.loads(_results(run).read_text())
+    return row if probe in (None, row.get("probe")) else None
 
 
 def _heldout(cfg: RunConfig, model: Any, documents: Text, n_sequences: int) -> Heldout:

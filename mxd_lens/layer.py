@@ -194,7 +194,12 @@ class TrainingTopKLayer(TopKLayer, TrainingSAE[Any]):
         inputs = self._read(x)
         values, indices = self._gate(inputs)
         y_hat = self._combine(inputs, weighted_row_sum(values, indices, self._decoder()))
-        return step_output(y, y_hat, values, indices, self.cfg.d_sae)
+        aux_losses = self._aux_losses(values, indices, y)
+        return step_output(y, y_hat, values, indices, self.cfg.d_sae, aux_losses)
+
+    def _aux_losses(self, values: Tensor, indices: Tensor, y: Tensor) -> dict[str, Tensor]:
+        """What the loss has besides the output's error."""
+        return {}
 
     def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
         acts = self.encode(x)

@@ -31,9 +31,9 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from transformers.activations import ACT2CLS
 
-from mxd_lens.kernels import topk_gate, topk_relu
+from mxd_lens.kernels import topk_gate, topk_relu, weighted_row_sum
 from mxd_lens.layer import TopKLayer, TrainingTopKLayer, check_topk, watched
-from mxd_lens.objective import tangent
+from mxd_lens.objective import pair_loss, tangent
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -275,6 +275,9 @@ class TrainingMxDConfig(TrainingSAEConfig):
             ``x - gate_mean``, has no bias, rows of unit norm and one learned scale, so that
             every pre-activation has mean zero and no expert can always be on; saved as an
             ordinary gate. W_dec's rows are centred as well. Both recipes keep them at unit norm.
+        aux_loss_coefficient: of the centred recipe: how much it counts that the coefficients tell
+            the output by themselves, through a linear decoder that is dropped when saving. It
+            keeps them from becoming idle where the dense part does nearly all of the work.
     """
 
     d_out: int
@@ -284,6 +287,7 @@ class TrainingMxDConfig(TrainingSAEConfig):
     gated: bool = True
     apply_b_dec_to_input: bool = False
     recipe: Recipe = "centred"
+    aux_loss_coefficient: float = 0.3
     decoder_init_norm: float | None = None
 
     @classmethod
@@ -301,7 +305,8 @@ class TrainingMxD(MxD, TrainingTopKLayer):
     """The MxD as `SAETrainer` trains it, on batches ``cat([mlp_in, mlp_out], -1)``.
 
     Beside MxD's parameters, for the centred recipe: ``gate_mean`` [d_in] (a buffer) and
-    ``log_gate_scale`` []; its gate is ``exp(log_gate_scale) * (x - gate_mean) W_enc``.
+    ``log_gate_scale`` []; its gate is ``exp(log_gate_scale) * (x - gate_mean) W_enc``. And the
+    decoder of its auxiliary loss, W_aux [d_sae, d_out] and b_aux [d_out].
     """
 
     cfg: TrainingMxDConfig  # type: ignore[assignment]
@@ -313,6 +318,8 @@ class TrainingMxD(MxD, TrainingTopKLayer):
             self.register_buffer("gate_mean", self._zeros(self.cfg.d_in))
             self.log_gate_scale = nn.Parameter(self._zeros())
             self.b_enc.requires_grad_(False)
+            self.W_aux = nn.Parameter(self._zeros(self.cfg.d_sae, self.cfg.d_out))
+            self.b_aux = nn.Parameter(self._zeros(self.cfg.d_out))
             self.renormalise()
 
     @torch.no_grad()
@@ -356,9 +363,17 @@ class TrainingMxD(MxD, TrainingTopKLayer):
         values, indices = topk_gate(x, tangent(self.W_enc, 0), self.b_enc, self.cfg.k)
         return values * scale, indices
 
+    def _aux_losses(self, values: Tensor, indices: Tensor, y: Tensor) -> dict[str, Tensor]:
+        coefficient = self.cfg.aux_loss_coefficient
+        if self.cfg.recipe == "paper" or not coefficient:
+            return {}
+        y_hat = weighted_row_sum(values, indices, self.W_aux) + self.b_aux
+        return {"auxiliary_loss": coefficient * pair_loss(y_hat, y)}
+
     def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
-        """Fold gate_mean and scale into an ordinary gate."""
+        """Fold gate_mean and scale into an ordinary gate; drop the auxiliary decoder."""
         if self.cfg.recipe == "centred":
+            del state_dict["W_aux"], state_dict["b_aux"]
             scale = state_dict.pop("log_gate_scale").exp()
             state_dict["W_enc"] = state_dict["W_enc"] * scale
             state_dict["b_enc"] = -(state_dict.pop("gate_mean") @ state_dict["W_enc"])

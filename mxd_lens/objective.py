@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from jaxtyping import Float, Int
 from sae_lens.saes.sae import TrainStepOutput
@@ -25,29 +27,36 @@ def split_pairs(
     return x, y
 
 
+def pair_loss(
+    y_hat: Float[Tensor, "batch d_out"], y: Float[Tensor, "batch d_out"]
+) -> Float[Tensor, ""]:
+    """Mean over tokens and outputs of ``(y_hat - y)^2 / ||y||_2`` (the reference's loss)."""
+    norm = y.norm(dim=-1, keepdim=True).clamp_min(1e-6)
+    return ((y_hat.to(y.dtype) - y).square() / norm).mean()
+
+
 def step_output(
     y: Float[Tensor, "batch d_out"],
     y_hat: Float[Tensor, "batch d_out"],
     values: Float[Tensor, "batch k"],
     indices: Int[Tensor, "batch k"],
     d_sae: int,
+    aux_losses: Mapping[str, Tensor],
 ) -> TrainStepOutput:
-    """A training step's outcome, as SAETrainer reads it.
+    """A training step's outcome, as SAETrainer reads it: `pair_loss`, and other losses added.
 
-    Loss: mean over tokens and outputs of ``(y_hat - y)^2 / ||y||_2`` (the reference's).
     ``sae_in`` is the target, from which SAETrainer logs explained variance; ``feature_acts`` is
     a detached sparse tensor [batch, d_sae], for it to count firings of.
     """
-    y_hat = y_hat.to(y.dtype)
-    norm = y.norm(dim=-1, keepdim=True).clamp_min(1e-6)
-    loss = ((y_hat - y).square() / norm).mean()
+    mse_loss = pair_loss(y_hat, y)
+    losses = {"mse_loss": mse_loss, **aux_losses}
     return TrainStepOutput(
         sae_in=y,
-        sae_out=y_hat,
+        sae_out=y_hat.to(y.dtype),
         feature_acts=as_coo(values.detach(), indices, d_sae),
         hidden_pre=values,
-        loss=loss,
-        losses={"mse_loss": loss.detach()},
+        loss=torch.stack(list(losses.values())).sum(),
+        losses={name: loss.detach() for name, loss in losses.items()},
     )
 
 

@@ -41,7 +41,13 @@ from mxd_lens.mxd import Recipe, TrainingMxD, read_mlp
 from mxd_lens.splice import get_mlp
 from mxd_lens.topk_sae import SparseTopKTrainingSAE
 
-BEST_LR = {"mxd": 3e-3, "topk_transcoder": 3e-3, "topk_skip_transcoder": 3e-3, "topk": 3e-3}
+BEST_LR = {
+    "mxd": 3e-3,
+    "mxd:paper": 3e-2,
+    "topk_transcoder": 3e-2,
+    "topk_skip_transcoder": 1e-2,
+    "topk": 3e-3,
+}
 """Peak learning rates, from the search in tests/benchmarks/search_lr.py."""
 
 

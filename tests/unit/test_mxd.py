@@ -428,7 +428,7 @@ class TestErrors:
             config(**(shape | fields))
 
     def test_recipe(self):
-        with pytest.raises(ValueError, match="'centred' or 'paper', got 'best'"):
+        with pytest.raises(ValueError, match=r"\('centred', 'paper'\), got 'best'"):
             TrainingMxDConfig(d_in=5, d_out=4, d_hidden=7, d_sae=11, k=3, recipe="best")
 
     @pytest.mark.parametrize("method", ["__call__", "encode"])
@@ -516,9 +516,18 @@ class TestTraining:
         x, y = batch
         step = training_loss(mxd, x, y)
         y_hat = reference(plain_weights(mxd), x, mxd.cfg)
-        expected = torch.stack(
-            [(y_hat[i, j] - y[i, j]) ** 2 / y[i].norm() for i in range(9) for j in range(4)]
-        ).mean()
+
+        def plain_loss(guess):
+            return torch.stack(
+                [(guess[i, j] - y[i, j]) ** 2 / y[i].norm() for i in range(9) for j in range(4)]
+            ).mean()
+
+        expected = plain_loss(y_hat)
+        if mxd.cfg.recipe == "centred":
+            pre = (x - mxd.gate_mean) @ plain_weights(mxd)["W_enc"]
+            kept = pre >= pre.topk(mxd.cfg.k).values[:, -1:]
+            linear = torch.where(kept, pre, 0).relu() @ mxd.W_aux + mxd.b_aux
+            expected = expected + mxd.cfg.aux_loss_coefficient * plain_loss(linear)
         learned = {name: p for name, p in mxd.named_parameters() if p.requires_grad}
         gradients = torch.autograd.grad(expected, list(learned.values()))
         close(step.loss, expected)
@@ -529,6 +538,10 @@ class TestTraining:
         for (name, parameter), gradient in zip(learned.items(), gradients, strict=True):
             assert gradient.abs().max() > 0, name
             close(parameter.grad, gradient, msg=lambda m, name=name: f"{name}: {m}")
+
+    def test_the_auxiliary_loss_can_be_turned_off(self, mxd, batch):
+        mxd.cfg.aux_loss_coefficient = 0.0
+        assert list(training_loss(mxd, *batch).losses) == ["mse_loss"]
 
     def test_rows_of_W_dec_stay_on_the_sphere(self, mxd, batch):
         mxd.W_dec.data *= torch.rand(11, 1).double() + 0.5
