@@ -25,8 +25,8 @@ def run(llama_folder, documents, tmp_path, one_thread, capsys):
 
 def test_compare_then_evaluate_all_on_other_text(run, tmp_path):
     folder = tmp_path / "frontier"
-    arguments = ["--output", str(folder), *["--expansion", "8", "--k", "2", "3", "--n_sequences", "4"]]
-    arguments += ["--architectures", "topk_transcoder", "topk"]
+    arguments = ["--output", str(folder), "--expansion", "8", "--n_sequences", "4"]
+    arguments += ["--k", "2", "3", "--architectures", "topk_transcoder", "topk"]
     table = run("compare", *arguments)
     rows = json.loads((folder / "results.json").read_text())
     assert [(row["architecture"], row["k"]) for row in rows] == [
