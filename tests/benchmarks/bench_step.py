@@ -1,8 +1,9 @@
-"""One training step of the MxD against the dense einsum form of the same layer, in one run.
+"""What a training step costs, against the arithmetic it cannot do without.
 
     make bench [DEVICE=cuda]
 
-Prints a table; the last line is one JSON object.
+Three runs of everything, medians and spread; the last line is one JSON object. The floor is the
+gate's forward product and the dense part's forward and backward, in the precision of the step.
 """
 
 from __future__ import annotations
@@ -10,22 +11,39 @@ from __future__ import annotations
 import json
 import os
 import platform
+from collections.abc import Callable
+from contextlib import nullcontext
+from statistics import median
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from sae_lens.saes.sae import TrainStepInput
+from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
+from torch import Tensor
 from torch.utils.benchmark import Timer
 
-from mxd_lens import TrainingMxD, TrainingMxDConfig
+from mxd_lens import (
+    TrainingMxD,
+    TrainingMxDConfig,
+    TrainingTopKSkipTranscoder,
+    TrainingTopKSkipTranscoderConfig,
+    TrainingTopKTranscoder,
+    TrainingTopKTranscoderConfig,
+)
 
 BATCH, D_MODEL, D_SAE, K, D_HIDDEN = 2048, 576, 16_118, 32, 1536
+N_UNITS = 32 * D_MODEL  # of the transcoders and the SAE with as many parameters
 DEVICE = os.environ.get("DEVICE", "cpu")
+N_RUNS = 3
+
+Step = Callable[[], None]
 
 
-def dense_loss(sae: TrainingMxD, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """The layer as the paper writes it, every coefficient in memory."""
+def dense_loss(sae: TrainingMxD, x: Tensor, y: Tensor) -> Tensor:
+    """The layer as the paper's reference computes it, every coefficient in memory."""
     pre = torch.einsum("bi,in->bn", x, sae.W_enc) + sae.b_enc
-    values, indices = pre.topk(K, dim=-1)
+    values, indices = pre.topk(sae.cfg.k, dim=-1)
     acts = torch.zeros_like(pre).scatter(-1, indices, values.relu())
     gate = F.silu(torch.einsum("bi,ih->bh", x, sae.W_gate) + sae.b_gate)
     hidden = gate * (torch.einsum("bi,ih->bh", x, sae.W_in) + sae.b_in)
@@ -34,52 +52,125 @@ def dense_loss(sae: TrainingMxD, x: torch.Tensor, y: torch.Tensor) -> torch.Tens
     return ((y_hat - y).square() / y.norm(dim=-1, keepdim=True)).mean()
 
 
-def main() -> None:
-    torch.manual_seed(0)
-    shape = {"d_in": D_MODEL, "d_out": D_MODEL, "d_hidden": D_HIDDEN, "d_sae": D_SAE, "k": K}
-    sae = TrainingMxD(TrainingMxDConfig(**shape, recipe="paper", device=DEVICE))
+def new_mxd(recipe: str = "paper", d: int = D_MODEL, n: int = D_SAE, k: int = K, h: int = D_HIDDEN):
+    """An MxD with no weight at zero."""
+    cfg = TrainingMxDConfig(d_in=d, d_out=d, d_hidden=h, d_sae=n, k=k, recipe=recipe, device=DEVICE)  # type: ignore[arg-type]
+    sae = TrainingMxD(cfg)
     torch.nn.init.normal_(sae.W_out, std=0.02)
-    batch = torch.randn(BATCH, 2 * D_MODEL, device=DEVICE)
-    x, y = batch.split(D_MODEL, dim=-1)
+    return sae
+
+
+def forward_and_backward(sae: Any, batch: Tensor, autocast: bool = False) -> Step:
+    """A step of the layer, without the optimizer's."""
     step_input = TrainStepInput(batch, {}, None, 0, False)
 
-    def sparse() -> None:
-        sae.training_forward_pass(step_input).loss.backward()
+    def step() -> None:
+        with precision(autocast):
+            loss = sae.training_forward_pass(step_input).loss
+        loss.backward()
         sae.zero_grad()
+
+    return step
+
+
+def precision(autocast: bool) -> Any:
+    """bfloat16 where autocast finds it safe, or float32."""
+    return torch.autocast(DEVICE, torch.bfloat16) if autocast else nullcontext()
+
+
+def floor_of(sae: TrainingMxD, x: Tensor, autocast: bool = False) -> Step:
+    """What no exact implementation can avoid."""
+
+    def step() -> None:
+        with precision(autocast):
+            with torch.no_grad():
+                x @ sae.W_enc
+            hidden = F.silu(x @ sae.W_gate) * (x @ sae.W_in)
+            out = hidden @ sae.W_out
+        out.sum().backward()
+        sae.zero_grad()
+
+    return step
+
+
+def milliseconds(steps: dict[str, Step], seconds: float = 4.0) -> dict[str, list[float]]:
+    """For each step, the medians of N_RUNS runs, taken in turn."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(N_RUNS):
+        for name, step in steps.items():
+            timer = Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())
+            times[name].append(timer.blocked_autorange(min_run_time=seconds).median * 1e3)
+    return times
+
+
+def show(title: str, times: dict[str, list[float]], floors: dict[str, str]) -> None:
+    """A table; floors names the row each is a multiple of."""
+    print(f"\n{title}\n\n| forward + backward | ms, median | ms, range | over its floor |")
+    print("|---|---|---|---|")
+    for name, runs in times.items():
+        over = median(runs) / median(times[floors[name]])
+        print(f"| {name} | {median(runs):.0f} | {min(runs):.0f}-{max(runs):.0f} | {over:.2f} |")
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    print(f"torch {torch.__version__}, {DEVICE}, {torch.get_num_threads()} threads,", end=" ")
+    print(f"{platform.machine()}, {platform.processor() or platform.system()}")
+    batch = torch.randn(BATCH, 2 * D_MODEL, device=DEVICE)
+    x, y = batch.split(D_MODEL, dim=-1)
+    mxd, centred = new_mxd("paper"), new_mxd("centred")
+    shape = {"d_in": D_MODEL, "d_sae": N_UNITS, "k": K, "device": DEVICE}
+    pair = {**shape, "d_out": D_MODEL}
+    transcoder = TrainingTopKTranscoder(TrainingTopKTranscoderConfig(**pair))
+    skip = TrainingTopKSkipTranscoder(TrainingTopKSkipTranscoderConfig(**pair))
+    topk = TopKTrainingSAE(TopKTrainingSAEConfig(**shape))
+    torch.testing.assert_close(
+        mxd.training_forward_pass(TrainStepInput(batch, {}, None, 0, False)).loss,
+        dense_loss(mxd, x, y),
+        rtol=1e-4,
+        atol=1e-6,
+    )
 
     def dense() -> None:
-        dense_loss(sae, x, y).backward()
-        sae.zero_grad()
+        dense_loss(mxd, x, y).backward()
+        mxd.zero_grad()
 
-    def floor() -> None:
-        """The gate's forward; the dense part's forward and backward."""
-        with torch.no_grad():
-            x @ sae.W_enc
-        hidden = F.silu(x @ sae.W_gate) * (x @ sae.W_in)
-        (hidden @ sae.W_out).sum().backward()
-        sae.zero_grad()
-
-    torch.testing.assert_close(
-        sae.training_forward_pass(step_input).loss, dense_loss(sae, x, y), rtol=1e-4, atol=1e-6
-    )
-    milliseconds = {
-        run.__name__: Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
-        .blocked_autorange(min_run_time=8)
-        .median
-        * 1e3
-        for run in (floor, sparse, dense)
+    steps = {
+        "floor": floor_of(mxd, x),
+        "MxD": forward_and_backward(mxd, batch),
+        "MxD, default recipe": forward_and_backward(centred, batch),
+        "MxD, dense einsum": dense,
+        "SAELens' TopK SAE": forward_and_backward(topk, x),
+        "transcoder": forward_and_backward(transcoder, batch),
+        "skip transcoder": forward_and_backward(skip, batch),
+        "floor, bfloat16": floor_of(mxd, x, autocast=True),
+        "MxD, bfloat16": forward_and_backward(mxd, batch, autocast=True),
+        "MxD, default recipe, bfloat16": forward_and_backward(centred, batch, autocast=True),
     }
-    print(f"torch {torch.__version__}, {DEVICE}, {torch.get_num_threads()} threads,", end=" ")
-    print(f"{platform.machine()}; B {BATCH}, d {D_MODEL}, N {D_SAE}, k {K}, GLU H {D_HIDDEN}\n")
-    print("| forward + backward | ms | over the floor |\n|---|---|---|")
-    for name, ms in milliseconds.items():
-        print(f"| {name} | {ms:.0f} | {ms / milliseconds['floor']:.2f} |")
+    times = milliseconds(steps)
+    floors = {name: "floor, bfloat16" if "bfloat16" in name else "floor" for name in times}
+    sizes = f"B {BATCH}, d {D_MODEL}, N {D_SAE} or {N_UNITS} units, k {K}, GLU H {D_HIDDEN}"
+    show(sizes, times, floors)
+
+    by_k = {}
+    for k in (8, 32, 128, 256):
+        mxd.cfg.k = k
+        by_k[f"k = {k}"] = milliseconds({"": forward_and_backward(mxd, batch)}, 2.0)[""]
+    mxd.cfg.k = K
+    show(
+        "The same MxD by k",
+        {"floor": times["floor"], **by_k},
+        dict.fromkeys(by_k, "floor") | {"floor": "floor"},
+    )
+
+    at = {name: median(runs) for name, runs in times.items()}
     print()
     print(
         json.dumps(
             {
-                "step_over_floor": milliseconds["sparse"] / milliseconds["floor"],
-                "dense_over_step": milliseconds["dense"] / milliseconds["sparse"],
+                "step_over_floor": at["MxD"] / at["floor"],
+                "dense_over_step": at["MxD, dense einsum"] / at["MxD"],
+                "dense_over_step_bf16": at["MxD, dense einsum"] / at["MxD, bfloat16"],
             }
         )
     )
