@@ -73,13 +73,13 @@ def label(name: str) -> str:
 
 
 def frontier(
-    rows: list[dict[str, Any]], key: str, title: str, lines: dict[str, float]
+    rows: list[dict[str, Any]], key: str, title: str, unit: str, lines: dict[str, float]
 ) -> go.Figure:
     """A measurement against k, one line per architecture: means over seeds, and their range.
 
     Args:
         key: the measurement.
-        title: its name and unit.
+        title, unit: what it is, and in what it is counted.
         lines: reference values.
     """
     figure = go.Figure()
@@ -112,7 +112,7 @@ def frontier(
     return figure.update_layout(
         title=title,
         xaxis={"title": "k, experts or units active per token", "type": "log", "tickvals": ks},
-        yaxis={"title": title, "automargin": True},
+        yaxis={"title": unit, "automargin": True},
         legend={"orientation": "h", "y": -0.25},
         updatemenus=[{"buttons": buttons, "type": "buttons", "direction": "left", "y": 1.15}],
         template="plotly_white",
@@ -125,35 +125,45 @@ def write_frontier_page(path: Path, rows: list[dict[str, Any]]) -> None:
     shuffled = [
         row | {"cost": row["ce_shuffled_gate_matched"] - row["ce_original"]} for row in rows
     ]
+    nats = "nats per token"
     figures = [
         frontier(
             rows,
             "ce_increase",
-            "increase in cross-entropy (nats per token)",
+            "Increase in cross-entropy",
+            nats,
             removed | {"original model": 0.0},
         ),
-        frontier(rows, "fvu", "fraction of variance unexplained", {}),
+        frontier(rows, "fvu", "Fraction of variance unexplained", "FVU", {}),
         frontier(
             shuffled,
             "cost",
-            "cross-entropy lost by shuffling coefficients, norms kept (nats per token)",
+            "Cross-entropy lost by shuffling the coefficients, norms kept",
+            nats,
             removed,
         ),
     ]
     names = list(dict.fromkeys(name for row in rows for name in row))
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
-    body = "".join(
-        "<tr>"
-        + "".join(f"<td>{html.escape(_show(row.get(name)))}</td>" for name in names)
-        + "</tr>"
-        for row in rows
+    everything = _html_table(names, [[_show(row.get(name)) for name in names] for row in rows])
+    names, lines = _decisive(rows)
+    tables = (
+        f'<div class="table">{_html_table(names, lines)}</div><details><summary>All numbers'
+        f'</summary><div class="table">{everything}</div></details>'
     )
     title = f"Layers in place of the MLP at {rows[0]['hook_name_out']} of {rows[0]['model_name']}"
     note = (
         "The MxD starts from the original MLP's hidden units, which no transcoder can; the paper's "
         "recipe and all others start at random."
     )
-    _write(path, title, figures, f"<p>{note}</p>", f"<thead><tr>{head}</tr></thead>{body}")
+    _write(path, title, figures, f"<p>{note}</p>", tables)
+
+
+def _html_table(names: list[str], lines: list[list[str]]) -> str:
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
+    body = "".join(
+        f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in line)}</tr>" for line in lines
+    )
+    return f"<table><thead><tr>{head}</tr></thead>{body}</table>"
 
 
 def write_page(path: Path, row: dict[str, Any], density: Float[Tensor, "d_sae"]) -> None:
@@ -163,10 +173,10 @@ def write_page(path: Path, row: dict[str, Any], density: Float[Tensor, "d_sae"])
         for name, value in row.items()
     )
     title = f"{row['architecture']} at {row['hook_name']} of {row['model_name']}"
-    _write(path, title, [losses(row), firing(density)], "", cells)
+    _write(path, title, [losses(row), firing(density)], "", f"<table>{cells}</table>")
 
 
-def _write(path: Path, title: str, figures: list[go.Figure], text: str, table: str) -> None:
+def _write(path: Path, title: str, figures: list[go.Figure], text: str, tables: str) -> None:
     """One HTML file with everything inside."""
     plots = "".join(
         figure.to_html(full_html=False, include_plotlyjs=(i == 0), default_height=480)
@@ -184,7 +194,7 @@ body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem aut
 .table {{ overflow-x: auto }}
 th {{ text-align: left; font-weight: 500; padding-right: 2rem }}
 td {{ text-align: right; font-variant-numeric: tabular-nums; padding-right: 1rem }}
-</style></head><body><h1>{title}</h1>{text}{plots}<div class="table"><table>{table}</table></div>
+</style></head><body><h1>{title}</h1>{text}{plots}{tables}
 </body></html>
 """,
         encoding="utf-8",
@@ -193,6 +203,11 @@ td {{ text-align: right; font-variant-numeric: tabular-nums; padding-right: 1rem
 
 def comparison_table(rows: list[dict[str, Any]]) -> str:
     """The numbers that decide, a layer a line, as Markdown."""
+    names, lines = _decisive(rows)
+    return "\n".join(f"| {' | '.join(line)} |" for line in [names, ["---"] * len(names), *lines])
+
+
+def _decisive(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     columns: dict[str, Callable[[dict[str, Any]], str]] = {
         "layer": lambda row: label(row["name"]),
         "k": lambda row: str(row["k"]),
@@ -210,9 +225,7 @@ def comparison_table(rows: list[dict[str, Any]]) -> str:
     for n in (1, 2, 5):
         if (key := f"probe_f1_top{n}") in rows[0]:
             columns[f"probe F1, top {n}"] = lambda row, key=key: f"{row[key]:.3f}"
-    lines = [list(columns), ["---"] * len(columns)]
-    lines += [[show(row) for show in columns.values()] for row in rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return list(columns), [[show(row) for show in columns.values()] for row in rows]
 
 
 def table(row: dict[str, Any]) -> str:
