@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test unit search bench format check-format check-type setup clean
+.PHONY: demo test unit search bench bench-train format check-format check-type setup clean
 
 demo: setup
 	$(BIN)/mxd-lens demo
@@ -19,6 +19,9 @@ search: setup
 
 bench: setup
 	DEVICE=$(or $(DEVICE),cpu) $(BIN)/python tests/benchmarks/bench_step.py
+
+bench-train: setup
+	DEVICE=$(or $(DEVICE),cpu) $(BIN)/python tests/benchmarks/bench_train.py
 
 format: setup
 	$(BIN)/ruff format .
