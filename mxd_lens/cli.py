@@ -178,7 +178,9 @@ def main(arguments: list[str] | None = None) -> None:
     disable_progress_bar()
     try:
         chosen = parser.parse_args(arguments)
-        if preset and chosen.dry_run:
+        if getattr(chosen, "dry_run", False):
+            if preset is None:
+                raise ValueError("--dry_run shows a preset: name one with --preset")
             show_preset(preset, chosen.cfg)
         else:
             COMMANDS[chosen.command][1](chosen.cfg)

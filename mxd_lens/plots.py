@@ -208,6 +208,7 @@ def comparison_table(rows: list[dict[str, Any]]) -> str:
 
 
 def _decisive(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Head and body of the table of a comparison."""
     columns: dict[str, Callable[[dict[str, Any]], str]] = {
         "layer": lambda row: label(row["name"]),
         "k": lambda row: str(row["k"]),
@@ -223,8 +224,11 @@ def _decisive(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
         "parameters": lambda row: f"{row['n_parameters']:,}",
     }
     for n in (1, 2, 5):
-        if (key := f"probe_f1_top{n}") in rows[0]:
-            columns[f"probe F1, top {n}"] = lambda row, key=key: f"{row[key]:.3f}"
+        key = f"probe_f1_top{n}"
+        if any(key in row for row in rows):
+            columns[f"probe F1, top {n}"] = lambda row, key=key: (
+                f"{row[key]:.3f}" if key in row else ""
+            )
     return list(columns), [[show(row) for show in columns.values()] for row in rows]
 
 

@@ -44,6 +44,11 @@ def test_llama_is_gated():
     assert dry_run(preset, preset.train_config())["W_gate"] == (3072, 8192)
 
 
+def test_a_dry_run_of_nothing(tmp_path):
+    with pytest.raises(SystemExit, match="name one with --preset"):
+        main(f"train --dry_run --model m --layer 0 --dataset d --output {tmp_path}".split())
+
+
 def test_no_such_preset(capsys):
     with pytest.raises(SystemExit):
         main(["train", "--preset", "gpt5"])
