@@ -102,8 +102,6 @@ def run_evaluate(cfg: EvaluateConfig) -> None:
         if not train_cfg.layer_path.exists():
             raise ValueError(f"the run in {cfg.run} is not finished: run its train command again")
         run_evaluation(train_cfg, cfg.dataset, cfg.n_sequences)
-    elif cfg.dataset is None:
-        raise ValueError(f"say on which --dataset to measure the layers in {cfg.run}")
     else:
         rows = measure_again(Path(cfg.run), cfg.dataset, cfg.n_sequences)
         print(plots.comparison_table(rows))

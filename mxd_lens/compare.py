@@ -198,9 +198,15 @@ def _probe(sae: SAE[Any], activations: TextActivations, labels: list[str]) -> di
     }
 
 
-def measure_again(folder: Path, dataset: str, n_sequences: int) -> list[dict[str, Any]]:
-    """Measure the layers of a comparison on other text: ``results-<text>.json`` and ``.html``."""
+def measure_again(folder: Path, dataset: str | None, n_sequences: int) -> list[dict[str, Any]]:
+    """Measure the layers of a comparison on other text: ``results-<text>.json`` and ``.html``.
+
+    Raises:
+        ValueError: there are none, no text is named, or it cannot be loaded.
+    """
     runs = finished_runs(folder)
+    if dataset is None:
+        raise ValueError(f"say on which --dataset to measure the layers in {folder}")
     cfg = runs[0]
     model = load_model(cfg.model, cfg.model_class, cfg.device)
     heldout = _heldout(cfg, model, load_text(dataset), n_sequences)
