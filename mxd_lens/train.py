@@ -324,7 +324,7 @@ def layer_config(
 
 def new_layer(cfg: TrainConfig, layer_cfg: TrainingSAEConfig) -> TrainingSAE[Any]:
     """A layer of the architecture that was asked for, at random weights."""
-    sae_class = SAE_TRAINING_CLASS_REGISTRY[cfg.architecture][0]
+    sae_class: Any = SAE_TRAINING_CLASS_REGISTRY[cfg.architecture][0]
     return (SparseTopKTrainingSAE if sae_class is TopKTrainingSAE else sae_class)(layer_cfg)
 
 
