@@ -324,8 +324,9 @@ def layer_config(
 
 def new_layer(cfg: TrainConfig, layer_cfg: TrainingSAEConfig) -> TrainingSAE[Any]:
     """A layer of the architecture that was asked for, at random weights."""
-    sae_class: Any = SAE_TRAINING_CLASS_REGISTRY[cfg.architecture][0]
-    return (SparseTopKTrainingSAE if sae_class is TopKTrainingSAE else sae_class)(layer_cfg)
+    sae_class = SAE_TRAINING_CLASS_REGISTRY[cfg.architecture][0]
+    faster: dict[type, Any] = {TopKTrainingSAE: SparseTopKTrainingSAE}
+    return faster.get(sae_class, sae_class)(layer_cfg)
 
 
 def _reads_pairs(architecture: str) -> bool:
