@@ -48,7 +48,8 @@ BEST_LR = {
     "topk_skip_transcoder": 1e-2,
     "topk": 3e-3,
 }
-"""Peak learning rates, from the search in tests/benchmarks/search_lr.py."""
+"""Peak learning rates: the best by FVU in tests/benchmarks/search_lr.py, but for the default MxD,
+whose gate keeps more of its meaning at a lower one (CONTRIBUTING.md)."""
 
 
 @dataclass(kw_only=True)
