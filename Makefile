@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test unit search bench bench-train format check-format check-type setup clean
+.PHONY: demo test unit search search-recipe bench bench-train format check-format check-type setup clean
 
 demo: setup
 	$(BIN)/mxd-lens demo
@@ -16,6 +16,9 @@ unit: setup
 
 search: setup
 	$(BIN)/python tests/benchmarks/search_lr.py
+
+search-recipe: setup
+	$(BIN)/python tests/benchmarks/search_recipe.py
 
 bench: setup
 	DEVICE=$(or $(DEVICE),cpu) $(BIN)/python tests/benchmarks/bench_step.py

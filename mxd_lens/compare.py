@@ -123,7 +123,7 @@ def compare(cfg: CompareConfig, model: Any = None, dataset: Text | None = None) 
             sae = train(run, model, dataset)
             row = measure(model, sae, run, heldout) | {"dataset": f"{cfg.dataset} (held out)"}
             if labelled is not None:
-                row |= {"probe": cfg.probe, **_probe(sae, *labelled)}
+                row |= {"probe": cfg.probe, **probe_scores(sae, *labelled)}
             _results(run).write_text(json.dumps(row, indent=2) + "\n")
             finished[key] = row
             write_results(folder, all_rows(folder))
@@ -187,7 +187,9 @@ def _labelled(cfg: CompareConfig, model: Any) -> tuple[TextActivations, list[str
     return text_activations(model, texts["text"], hooks, autocast=cfg.autocast), texts["label"]
 
 
-def _probe(sae: SAE[Any], activations: TextActivations, labels: list[str]) -> dict[str, float]:
+def probe_scores(
+    sae: SAE[Any], activations: TextActivations, labels: list[str]
+) -> dict[str, float]:
     """Scores of probes on one, two and five features, means over classes and five splits."""
     features = pool_layer(sae, activations)
     splits = [probe(features, labels, n_features=(1, 2, 5), seed=seed) for seed in range(5)]
@@ -219,19 +221,20 @@ def measure_again(folder: Path, dataset: str | None, n_sequences: int) -> list[d
 
 
 def finished_runs(folder: Path) -> list[TrainConfig]:
-    """The trained layers in a comparison's folder.
+    """The run in this folder, or the finished ones of the comparison in it.
 
     Raises:
-        ValueError: there are none.
+        ValueError: it holds neither, or its run is not finished.
     """
-    runs = [
-        TrainConfig(**json.loads(path.read_text()), output=str(path.parent))
-        for path in sorted(folder.glob(f"*/{RUNNER_CFG_FILENAME}"))
-        if (path.parent / "layer").exists()
-    ]
-    if not runs:
+    alone = folder / RUNNER_CFG_FILENAME
+    paths = [alone] if alone.exists() else sorted(folder.glob(f"*/{RUNNER_CFG_FILENAME}"))
+    runs = [TrainConfig(**json.loads(path.read_text()), output=str(path.parent)) for path in paths]
+    finished = [run for run in runs if run.layer_path.exists()]
+    if runs and not finished:
+        raise ValueError(f"what is in {folder} is not finished: run its command again")
+    if not finished:
         raise ValueError(f"{folder} holds neither a finished run nor a comparison")
-    return runs
+    return finished
 
 
 def write_results(folder: Path, rows: list[dict[str, Any]], stem: str = "results") -> None:
