@@ -16,7 +16,7 @@ logistic regression reads the first few (Gurnee et al. 2023, arXiv 2305.01610; O
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -160,43 +160,71 @@ def text_activations(
         ValueError: the model has no such hook, or a text has no ordinary token.
     """
     hooks = [*dict.fromkeys(hooks)]
+    tokens = [tokenize(model, text, context_size) for text in tqdm(texts, desc="Tokenizing")]
     special = special_tokens(model)
-    tokens = [
-        model.to_tokens(text, prepend_bos=True, move_to_device=False)[0, :context_size]
-        for text in tqdm(texts, desc="Tokenizing")
-    ]
-    ordinary = [~torch.isin(of_text, special) for of_text in tokens]
-    counts = torch.stack([keep.sum() for keep in ordinary])
+    counts = torch.stack([(~torch.isin(of_text, special)).sum() for of_text in tokens])
     if not counts.all():
         empty = int((counts == 0).nonzero()[0])
         raise ValueError(f"text {empty} has no ordinary token: {texts[empty]!r}")
     text = torch.arange(len(texts)).repeat_interleave(counts)
     starts = counts.cumsum(0) - counts
-    stops = [extract_stop_at_layer_from_tlens_hook_name(hook) for hook in hooks]
     at: dict[str, Tensor] = {}
+    for batch, acts in read_texts(
+        model, tokens, hooks, lm_batch_size=lm_batch_size, autocast=autocast
+    ):
+        for hook in hooks:
+            if hook not in at:
+                at[hook] = torch.empty(len(text), acts[hook].shape[-1], dtype=acts[hook].dtype)
+            of_texts = acts[hook].cpu().split(counts[batch].tolist())
+            for i, of_text in zip(batch, of_texts, strict=True):
+                at[hook][starts[i] : starts[i] + counts[i]] = of_text
+    return TextActivations(at, text, len(texts))
+
+
+def tokenize(model: Any, text: str, context_size: int) -> Int[Tensor, "pos"]:
+    """BOS and the text after it, cut to context_size tokens; on the CPU."""
+    return model.to_tokens(text, prepend_bos=True, move_to_device=False)[0, :context_size]
+
+
+@torch.no_grad()
+def read_texts(
+    model: Any,
+    tokens: Sequence[Int[Tensor, "pos"]],
+    hooks: Sequence[str],
+    *,
+    lm_batch_size: int = 32,
+    autocast: bool = False,
+) -> Iterator[tuple[Int[Tensor, "batch"], dict[str, Float[Tensor, "tokens d"]]]]:
+    """Run the model on tokenized texts, no further than the last hook, the longest first.
+
+    Yields:
+        For each pass of the model: which texts it read, and by hook the activations of their
+        ordinary tokens, one text after the other, on the model's device.
+
+    Raises:
+        ValueError: the model has no such hook.
+    """
+    special = special_tokens(model)
+    stops = [extract_stop_at_layer_from_tlens_hook_name(hook) for hook in hooks]
     # Texts of one length together: little padding, which goes to the right, where no causal
     # model sees it.
-    order = torch.tensor([len(of_text) for of_text in tokens]).argsort(descending=True)
+    order = torch.tensor([len(of_text) for of_text in tokens]).argsort(descending=True, stable=True)
     for batch in tqdm(order.split(lm_batch_size), desc="Reading the texts"):
-        padded = pad_sequence([tokens[i] for i in batch], True, padding_value=int(special[0]))
+        padded = pad_sequence(
+            [tokens[i] for i in batch.tolist()], True, padding_value=int(special[0])
+        )
         device = torch.device(model.cfg.device)
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             _, cache = model.run_with_cache(
                 padded.to(device),
-                names_filter=hooks,
+                names_filter=list(hooks),
                 stop_at_layer=None if None in stops else max(filter(None, stops)),
                 prepend_bos=False,
             )
-        for hook in hooks:
-            if hook not in cache:
-                raise ValueError(f"the model has no hook {hook!r}")
-            acts = cache[hook].cpu()
-            if hook not in at:
-                at[hook] = acts.new_empty(len(text), acts.shape[-1])
-            for i, of_text in zip(batch, acts, strict=True):
-                start, keep = starts[i], ordinary[i]
-                at[hook][start : start + counts[i]] = of_text[: len(keep)][keep]
-    return TextActivations(at, text, len(texts))
+        if missing := [hook for hook in hooks if hook not in cache]:
+            raise ValueError(f"the model has no hook {missing[0]!r}")
+        ordinary = ~torch.isin(padded, special).to(device)
+        yield batch, {hook: cache[hook][ordinary] for hook in hooks}
 
 
 @torch.no_grad()

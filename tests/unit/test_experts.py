@@ -1,0 +1,512 @@
+"""Experts inspected, against dense and plain forms of the same numbers."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+
+import numpy as np
+import pytest
+import torch
+from sae_lens import StandardSAE, StandardSAEConfig
+from sae_lens.saes.sae import SAEMetadata
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from mxd_lens.experts import (
+    Corpus,
+    Firings,
+    alike,
+    coactive,
+    inspect_experts,
+    logit_effects,
+    meaning,
+    name_experts,
+    pick_contexts,
+    ranks,
+    read_corpus,
+    read_firings,
+    spectrum,
+    token_strings,
+)
+from mxd_lens.mxd import MxD, MxDConfig
+from mxd_lens.transcoder import TopKSkipTranscoder, TopKSkipTranscoderConfig
+
+from ..conftest import D_MODEL, N_VOCAB, WORDS, randomise
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+BOS, SPECIAL = 1, [0, 1, 2]
+N_CTX = 14
+HOOK_OUT = {
+    "tiny_hooked": "blocks.1.hook_mlp_out",
+    "tiny_bridge": "blocks.1.mlp.hook_out",
+    "tiny_bridge_gpt2": "blocks.1.mlp.hook_out",
+}
+
+
+@pytest.fixture(params=HOOK_OUT)
+def model(request, llama_folder):
+    lm = request.getfixturevalue(request.param)
+    if request.param == "tiny_hooked":
+        lm.set_tokenizer(AutoTokenizer.from_pretrained(llama_folder))
+    lm.out = HOOK_OUT[request.param]
+    return lm
+
+
+@pytest.fixture(params=["mxd", "topk_skip_transcoder", "standard"])
+def kind(request):
+    return request.param
+
+
+def make_layer(kind, hook_out="blocks.1.mlp.hook_out", **fields):
+    hook_in = hook_out if kind == "standard" else "blocks.1.mlp.hook_in"
+    metadata = SAEMetadata(model_name="tiny", hook_name=hook_in, hook_name_out=hook_out)
+    shape = {"d_in": D_MODEL, "d_sae": 40, "metadata": metadata} | fields
+    if kind == "mxd":
+        layer = MxD(MxDConfig(d_out=D_MODEL, d_hidden=24, k=4, **shape))
+    elif kind == "standard":
+        layer = StandardSAE(StandardSAEConfig(**shape))
+    else:
+        layer = TopKSkipTranscoder(TopKSkipTranscoderConfig(d_out=D_MODEL, k=4, **shape))
+    randomise(layer, 0.5)
+    return layer
+
+
+def bag_of_words(texts):
+    """A small embedding: which words occur."""
+    return torch.tensor(
+        [[float(text.split().count(word)) + 0.01 for word in WORDS] for text in texts]
+    )
+
+
+def dense(model, sae, texts):
+    """By text, ids and coefficients of its ordinary tokens, read one by one."""
+    for text in texts:
+        tokens = model.to_tokens(text)[:, :N_CTX]
+        assert tokens[0, 0] == BOS
+        _, cache = model.run_with_cache(tokens, names_filter=sae.cfg.metadata.hook_name)
+        keep = [i for i, token in enumerate(tokens[0].tolist()) if token not in SPECIAL]
+        acts = sae.encode(cache[sae.cfg.metadata.hook_name][0])[keep]
+        yield tokens[0, keep], acts.detach().numpy()
+
+
+# Firing
+
+
+def test_report_agrees_with_dense_coefficients(model, kind, documents):
+    sae = make_layer(kind, model.out)
+    texts = documents["text"][:60]
+    options = {"context_size": N_CTX, "lm_batch_size": 7, "embed": bag_of_words}
+    report = inspect_experts(model, sae, texts, n_effect_contexts=0, **options)
+    json.dumps(report, allow_nan=False)
+    ids, acts = zip(*dense(model, sae, texts), strict=True)
+    every = np.concatenate(acts)
+    strings = ["".join(of_text) for of_text in report["texts"]]
+    where = {" " + model.tokenizer.decode(of_text): i for i, of_text in enumerate(ids)}
+    assert report["n_tokens"] == len(every)
+    assert [e["id"] for e in report["experts"]] == np.flatnonzero(every.max(0) > 0).tolist()
+    assert report["n_live"] == len(report["experts"]) > 10
+    n_weaker = 0
+    for expert in report["experts"]:
+        fired = every[:, expert["id"]]
+        fired = fired[fired > 0]
+        assert expert["density"] == pytest.approx(len(fired) / len(every), rel=1e-3)
+        assert expert["mean"] == pytest.approx(fired.mean(), rel=1e-3)
+        assert expert["max"] == pytest.approx(fired.max(), rel=1e-3)
+        assert len(expert["histogram"]) == 20 and sum(expert["histogram"]) == len(fired)
+        found = []
+        for context in expert["contexts"]:
+            text = where[strings[context["text"]]]
+            value = acts[text][context["position"], expert["id"]]
+            assert context["value"] == pytest.approx(value, rel=1e-3)
+            found.append((text, context["position"]))
+            if context["quantile"] < 1:
+                weaker, not_stronger = (
+                    (fired < 0.999 * value).mean(),
+                    (fired < 1.001 * value).mean(),
+                )
+                slack = 2.1 / len(fired)
+                assert weaker - slack < context["quantile"] < not_stronger + slack
+                n_weaker += 1
+        assert len(set(found)) == len(found)
+        top = [c["value"] for c in expert["contexts"] if c["quantile"] == 1]
+        best = sorted((a[:, expert["id"]].max() for a in acts), reverse=True)[:10]
+        assert top == pytest.approx([value for value in best if value > 0], rel=1e-3)
+        assert len({text for text, _ in found[: len(top)]}) == len(top)
+        assert (expert["coherence"] is None) == (len(top) < 10)
+        assert expert["promoted"] is expert["suppressed"] is expert["sample"] is None
+    assert n_weaker > 3 * report["n_live"]
+
+
+def test_data_sets_and_lists_give_the_same_every_time(tiny_bridge, documents):
+    sae = make_layer("mxd")
+    options = {"context_size": N_CTX, "embed": bag_of_words, "n_tokens": 300}
+    reports = [
+        inspect_experts(tiny_bridge, sae, texts, **options)
+        for texts in (documents, documents["text"], documents.to_iterable_dataset())
+    ]
+    assert reports[0] == reports[1] == reports[2]
+
+
+def test_documents_are_read_once_up_to_the_number_of_tokens(tiny_bridge):
+    cats = [" ".join(["cat"] * n) for n in range(2, 20)]
+    texts = ["", "</s>", cats[0], cats[0], "dog </s> dog", *cats]
+    corpus = read_corpus(tiny_bridge, texts, 100, 11)
+    assert [len(of_text) - 1 for of_text in corpus.tokens][:3] == [2, 3, 3]
+    assert corpus.string(2, 4).split() == ["dog", "dog"]
+    lengths = np.diff(corpus.starts).tolist()
+    assert lengths == [2, 2, 3, 4, 5, 6, 7, 8, 9, *[10] * 6]  # 10 is as far as a text is read
+    assert sum(lengths[:-1]) < 100 <= sum(lengths) == len(corpus.ids)
+    assert all(of_text[0] == BOS for of_text in corpus.tokens)
+
+
+def test_pieces_of_text_are_about_equally_long():
+    lengths = [1, 47, 49, 200]
+    text, starts = np.repeat(range(4), lengths), np.cumsum([0, *lengths])
+    strings = [f" {word}" for word in np.array(["one", "cat", "dog", "fish"])[text]]
+    pieces, chunk = Corpus([], text, strings, text, starts).chunks()
+    sizes = [len(piece.split()) for piece in pieces]
+    assert sizes[:4] == [1, 47, 25, 24] and set(sizes[4:]) == {33, 34} and len(sizes) == 10
+    assert np.bincount(chunk).tolist() == sizes
+    assert all(len(set(piece.split())) == 1 for piece in pieces)
+
+
+@pytest.fixture
+def toy(tiny_bridge, documents):
+    """A corpus and firings made up, with the coefficients [tokens, experts] they are of."""
+    corpus = read_corpus(tiny_bridge, documents["text"], 1200, 30)
+    rng = np.random.default_rng(0)
+    shape = (len(corpus.ids), 7)
+    acts = rng.gamma(2.0, size=shape) * (rng.random(shape) < [0.5, 0.3, 0, 0.02, 0.004, 0.1, 0.1])
+    acts[:, 5] = acts[:, 6] * (rng.random(shape[0]) < 0.7)
+    acts = acts.astype(np.float32)
+    token, expert = np.nonzero(acts)
+    order = rng.permutation(len(token))
+    return corpus, Firings.sort(expert[order], token[order], acts[token, expert][order]), acts
+
+
+def test_firings_are_sorted(toy):
+    _, firings, acts = toy
+    assert firings.live.tolist() == [0, 1, 3, 4, 5, 6]
+    for row, expert in enumerate(firings.live):
+        part = slice(*firings.starts[row : row + 2])
+        assert (firings.row[part] == row).all()
+        np.testing.assert_array_equal(firings.value[part], acts[firings.token[part], expert])
+        np.testing.assert_array_equal(
+            firings.value[part], -np.sort(-acts[:, expert])[: part.stop - part.start]
+        )
+    assert len(firings.value) == (acts > 0).sum()
+
+
+def test_histograms_are_numpys(toy):
+    from mxd_lens.experts import _histograms
+
+    _, firings, acts = toy
+    for expert, histogram in zip(firings.live, _histograms(firings), strict=True):
+        fired = acts[:, expert][acts[:, expert] > 0]
+        expected, _ = np.histogram(fired, bins=20, range=(0, fired.max()))
+        np.testing.assert_array_equal(histogram, expected)
+
+
+def test_contexts_are_the_strongest_of_each_text_and_weaker_ones(toy):
+    corpus, firings, acts = toy
+    contexts, quantiles = pick_contexts(firings, corpus)
+    assert quantiles == [1.0] * 10 + [0.75, 0.75, 0.5, 0.5, 0.25, 0.25]
+    for expert, of_expert in zip(firings.live, contexts, strict=True):
+        best = {}
+        for token in np.flatnonzero(acts[:, expert]):
+            text = corpus.text[token]
+            if acts[token, expert] > acts[best.get(text, token), expert] or text not in best:
+                best[text] = token
+        expected = sorted(best.values(), key=lambda token: -acts[token, expert])[:10]
+        top = of_expert[:10][of_expert[:10] >= 0]
+        assert firings.token[top].tolist() == expected
+        rest = of_expert[of_expert >= 0]
+        assert len(set(rest)) == len(rest)
+        assert set(firings.live[firings.row[rest]]) == {expert}
+    fired = np.sort(acts[:, 0][acts[:, 0] > 0])
+    found = firings.value[contexts[0, 10:]].reshape(3, 2)
+    for quantile, pair in zip((0.75, 0.5, 0.25), found, strict=True):
+        place = np.searchsorted(fired, pair)
+        assert place[0] - place[1] == 1
+        assert place[0] == pytest.approx(quantile * (len(fired) - 1), abs=0.51)
+
+
+# Meaning
+
+
+def planted(tiny_bridge):
+    """A corpus of 120 texts of mixed words and 12 about fish, and firings planted in it."""
+    rng = random.Random(0)
+    mixed = [w for w in WORDS if w not in ("fish", "saw")]
+    texts = [
+        " ".join([*rng.choices(mixed, k=9), "cat", *rng.choices(mixed, k=9)]) for _ in range(120)
+    ]
+    fishy = [" ".join([*["fish"] * (i + 1), "saw", "the", "fish", "dog"]) for i in range(12)]
+    corpus = read_corpus(tiny_bridge, texts + fishy, 10**6, 32)
+
+    def at(texts, word=None):
+        for i in texts:
+            place = range(*corpus.starts[i : i + 2])
+            yield next(t for t in place if word in (None, corpus.strings[t].strip()))
+
+    the = [i for i in range(120) if " the" in corpus.strings[slice(*corpus.starts[i : i + 2])]]
+    plan = [
+        [*at(range(120, 130), "saw")],  # one topic
+        [*at(range(10))],  # nothing in common
+        [*at(range(20, 29), "cat"), *at([30])],  # one word, nine times of ten
+        [*at(the[:10], "the")],  # one word, which is a stop word
+        [*at(range(120, 129), "saw")],  # too few texts
+        [*at(range(40, 47), "cat"), *at(range(50, 53), "cat")],  # as 2, ten times
+    ]
+    row = np.concatenate([[i] * len(tokens) for i, tokens in enumerate(plan)])
+    token = np.concatenate(plan)
+    value = np.linspace(2, 1, len(token), dtype=np.float32)
+    firings = Firings.sort(row, token, value)
+    return corpus, firings, pick_contexts(firings, corpus)[0][:, :10]
+
+
+def test_one_topic_or_one_word_is_meaningful(tiny_bridge):
+    corpus, firings, top = planted(tiny_bridge)
+    coherence, same_token, meaningful, rule = meaning(top, firings, corpus, bag_of_words)
+    assert meaningful.tolist() == [True, False, True, False, False, True]
+    assert same_token[[0, 2, 3, 4, 5]].tolist() == [1, pytest.approx(0.9), 1, 1, 1]
+    assert np.isnan(coherence).tolist() == [False] * 4 + [True, False]
+    threshold = float(re.search(r"above (\d\.\d+)", rule)[1])
+    assert coherence[0] > threshold > coherence[[1, 2, 3, 5]].max()
+    pieces, chunk = corpus.chunks()
+    for row in (0, 1):
+        x = bag_of_words([pieces[chunk[firings.token[i]]] for i in top[row]])
+        cosines = torch.nn.functional.cosine_similarity(x[:, None], x[None], dim=-1)
+        assert coherence[row] == pytest.approx(
+            cosines[~torch.eye(10, dtype=torch.bool)].mean().item(), abs=1e-5
+        )
+
+
+def test_the_threshold_is_passed_by_one_random_set_in_a_hundred(tiny_bridge):
+    corpus, *_ = planted(tiny_bridge)
+    rng = np.random.default_rng(5)
+    tokens, rows = [], []
+    for row in range(1500):
+        texts: list[int] = []
+        while len(texts) < 10:
+            token = rng.integers(len(corpus.ids))
+            if corpus.text[token] not in texts:
+                texts.append(int(corpus.text[token]))
+                tokens.append(token)
+        rows += [row] * 10
+    firings = Firings.sort(np.array(rows), np.array(tokens), np.ones(len(rows), np.float32))
+    top = pick_contexts(firings, corpus)[0][:, :10]
+    coherence, _, _, rule = meaning(top, firings, corpus, bag_of_words)
+    threshold = float(re.search(r"above (\d\.\d+)", rule)[1])
+    assert 0.003 < (coherence > threshold).mean() < 0.025
+
+
+def test_names_are_words_the_contexts_have_and_the_rest_has_not(tiny_bridge):
+    corpus, firings, top = planted(tiny_bridge)
+    names = name_experts(top, firings, corpus)
+    assert names[0].split(" · ") == ["saw", "fish", "dog"]
+    assert names[2].split(" · ")[0] == names[5].split(" · ")[0] == "cat"
+    assert not {"the", "after", "one"} & {word for name in names for word in name.split(" · ")}
+
+
+# Effects
+
+
+def manual_effect(model, sae, expert, contexts):
+    """From plain hooks: two passes for each (tokens, value)."""
+    metadata, changes = sae.cfg.metadata, []
+    for tokens, value in contexts:
+        seen = {}
+
+        def read(x, hook, seen=seen):
+            seen["x"] = x
+
+        def write(y, hook, seen=seen, value=value):
+            def raised(acts, hook):
+                acts = acts.clone()
+                acts[:, -1, expert] += value
+                return acts
+
+            x = seen.get("x", y)
+            edited = sae.run_with_hooks(x, fwd_hooks=[("hook_sae_acts_post", raised)])
+            return y + edited - sae(x)
+
+        hooks = [(metadata.hook_name_out, write)]
+        if metadata.hook_name != metadata.hook_name_out:
+            hooks.insert(0, (metadata.hook_name, read))
+        tokens = torch.tensor(tokens)[None]
+        with torch.no_grad():
+            changes.append((model.run_with_hooks(tokens, fwd_hooks=hooks) - model(tokens))[0, -1])
+    change = torch.stack(changes).mean(0)
+    return change - change.mean()
+
+
+def test_promoted_tokens_are_those_of_two_plain_passes(model, kind, documents):
+    sae = make_layer(kind, model.out)
+    # Short documents, so that contexts are of several lengths.
+    texts = [" ".join(t.split()[: 3 + i % 20]) for i, t in enumerate(documents["text"][:60])]
+    corpus = read_corpus(model, texts, 10**6, 30)
+    firings = read_firings(model, sae, corpus)
+    contexts = pick_contexts(firings, corpus)[0][:9, :2]
+    contexts = [of_expert[of_expert >= 0] for of_expert in contexts]
+    plain = []
+    for expert, of_expert in zip(firings.live, contexts, strict=False):
+        read = []
+        for i in of_expert:
+            token = firings.token[i]
+            start = corpus.starts[corpus.text[token]]
+            read.append(([BOS, *corpus.ids[start : token + 1][-15:].tolist()], firings.value[i]))
+        plain.append(manual_effect(model, sae, expert, read))
+        lengths = {len(tokens) for tokens, _ in read}
+        assert max(lengths) <= 16
+    before = model(torch.tensor([[BOS, 5, 6, 7]]))
+    promoted, suppressed = logit_effects(
+        model,
+        sae,
+        firings.live[: len(contexts)],
+        [firings.token[of_expert] for of_expert in contexts],
+        [firings.value[of_expert] for of_expert in contexts],
+        corpus,
+        n=5,
+        batch_size=4,
+    )
+    strings = token_strings(model.tokenizer, range(N_VOCAB))
+    for expected, most, least in zip(plain, promoted, suppressed, strict=True):
+        assert expected.abs().max() > 0.01
+        close = {"rel": 2e-3, "abs": 1e-4}
+        assert [x for _, x in most] == pytest.approx(expected.topk(5)[0].tolist(), **close)
+        assert [x for _, x in least] == pytest.approx((-(-expected).topk(5)[0]).tolist(), **close)
+        for string, change in most + least:
+            if strings.count(string) > 1:  # the model knows more ids than the tokenizer
+                continue
+            assert change == pytest.approx(expected[strings.index(string)].item(), **close)
+    # The model is as it was: the same logits, and hooks that work.
+    tokens = torch.tensor([[BOS, 5, 6, 7]])
+    torch.testing.assert_close(model(tokens), before)
+    edited = model.run_with_hooks(tokens, fwd_hooks=[(model.out, lambda y, hook: y * 0)])
+    assert (edited - before).abs().max() > 0.01
+    assert not model.acts_to_saes and not sae.hook_sae_acts_post._forward_hooks
+
+
+def test_effects_are_in_the_report(tiny_bridge, documents):
+    sae = make_layer("mxd")
+    options = {"context_size": N_CTX, "embed": bag_of_words, "n_tokens": 400}
+    report = inspect_experts(tiny_bridge, sae, documents, n_effect_contexts=3, **options)
+    strings = token_strings(tiny_bridge.tokenizer, range(N_VOCAB))
+    for expert in report["experts"]:
+        contexts = []
+        for context in [c for c in expert["contexts"] if c["quantile"] == 1][:3]:
+            text = report["texts"][context["text"]][: context["position"] + 1]
+            contexts.append(([BOS, *(strings.index(token) for token in text)], context["value"]))
+        expected = manual_effect(tiny_bridge, sae, expert["id"], contexts)
+        found = [change for _, change in expert["promoted"]]
+        assert found == pytest.approx(expected.topk(8)[0].tolist(), rel=5e-3, abs=2e-4)
+    json.dumps(report, allow_nan=False)
+
+
+# Weights
+
+
+def test_spectrum_and_ranks_are_those_of_the_svd():
+    sae = make_layer("mxd")
+    with torch.no_grad():
+        sae.W_dec[3, :6] = 0
+        sae.W_dec[4] = 0
+    rank, effective = ranks(sae)
+    for n in range(sae.cfg.d_sae):
+        s = torch.linalg.svdvals(sae.W_out * sae.W_dec[n]).detach()
+        torch.testing.assert_close(spectrum(sae, n), s)
+        expected = s.square().sum().square() / s.pow(4).sum() if n != 4 else 0
+        assert effective[n] == pytest.approx(float(expected), rel=1e-4)
+        assert rank[n] == (s > 1e-5).sum()
+    assert rank[[0, 3, 4]].tolist() == [16, 10, 0]
+
+
+@pytest.mark.parametrize("kind", ["mxd"])
+def test_rank_of_a_decoder_without_full_rank(kind):
+    sae = make_layer(kind)
+    with torch.no_grad():
+        sae.W_out.copy_(torch.randn(24, 3) @ torch.randn(3, D_MODEL))
+    rank, effective = ranks(sae)
+    assert (rank == 3).all() and (effective < 3 + 1e-6).all() and (effective > 1).all()
+
+
+@pytest.mark.parametrize("kind", ["topk_skip_transcoder", "standard"])
+def test_other_layers_units_have_rank_one(kind):
+    sae = make_layer(kind)
+    with torch.no_grad():
+        sae.W_dec[2] = 0
+    rank, effective = ranks(sae)
+    assert rank.tolist() == [int(n != 2) for n in range(40)] == effective.tolist()
+    s = torch.linalg.svdvals(torch.outer(sae.W_enc[:, 7], sae.W_dec[7])).detach()
+    torch.testing.assert_close(spectrum(sae, 7), s[:1])
+
+
+def nearest(similarity, n=5):
+    return [
+        sorted((j for j in range(len(row)) if j != i), key=lambda j: -row[j])[:n]
+        for i, row in enumerate(similarity.tolist())
+    ]
+
+
+def test_alike_are_the_experts_of_the_nearest_weights(kind):
+    sae = make_layer(kind, d_sae=600)
+    weights = torch.stack(
+        [sae.expert_weights(n).flatten() if kind == "mxd" else sae.W_dec[n] for n in range(600)]
+    ).detach()
+    experts = np.array([n for n in range(600) if n % 9])
+    rows = torch.nn.functional.normalize(weights[torch.tensor(experts)])
+    similarity = rows @ rows.T
+    found = alike(sae, experts)
+    for of_expert, expected, row in zip(found, nearest(similarity), similarity, strict=True):
+        ids, cosines = zip(*of_expert, strict=True)
+        assert list(ids) == experts[expected].tolist()
+        assert cosines == pytest.approx(row[expected].tolist(), abs=1e-5)
+
+
+def test_coactive_have_the_largest_jaccard_index(toy):
+    corpus, firings, acts = toy
+    active = acts[:, firings.live] > 0
+    for i, of_expert in enumerate(coactive(firings, len(corpus.ids))):
+        expected = {}
+        for j, other in enumerate(firings.live):
+            both, either = active[:, i] & active[:, j], active[:, i] | active[:, j]
+            if i != j and both.any():
+                expected[int(other)] = both.sum() / either.sum()
+        assert dict(of_expert) == pytest.approx(expected, rel=1e-5)
+        scores = [score for _, score in of_expert]
+        assert scores == sorted(scores, reverse=True)
+
+
+# What cannot be inspected
+
+
+def test_texts_layers_and_models_that_cannot_be_inspected(tiny_bridge, plain_bridge, documents):
+    sae = make_layer("mxd")
+    with pytest.raises(ValueError, match="9 different texts with 9 tokens are too little"):
+        inspect_experts(tiny_bridge, sae, [*WORDS[:9], "", WORDS[0]], embed=bag_of_words)
+    with pytest.raises(ValueError, match="cannot attach a layer to a TransformerBridge"):
+        inspect_experts(plain_bridge, sae, documents, embed=bag_of_words)
+    with torch.no_grad():
+        sae.b_enc.fill_(-1e9)
+    with pytest.raises(ValueError, match="no expert fires"):
+        inspect_experts(tiny_bridge, sae, documents, embed=bag_of_words)
+    sae.cfg.metadata.hook_name = "blocks.1.nothing"
+    with pytest.raises(ValueError, match=r"no hook 'blocks\.1\.nothing'"):
+        inspect_experts(tiny_bridge, sae, documents, embed=bag_of_words)
+    sae.cfg.metadata.hook_name = None
+    with pytest.raises(ValueError, match="must say hook_name"):
+        inspect_experts(tiny_bridge, sae, documents, embed=bag_of_words)
+
+
+def test_tokens_keep_the_space_before_them():
+    vocab = {word: i for i, word in enumerate(["<s>", "▁cat", "s", "▁", "▁dog", "."])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<s>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    assert fast.decode([1]) == "cat"
+    assert token_strings(fast, [5, 1, 2, 4]) == [".", " cat", "s", " dog"]
