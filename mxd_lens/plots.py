@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable
+import math
+import textwrap
+from collections.abc import Callable, Iterable
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
 from jaxtyping import Float
+from plotly.colors import qualitative
 from torch import Tensor
 
 
@@ -72,6 +76,11 @@ def label(name: str) -> str:
     return LABELS.get(name, name)
 
 
+def _colours(names: Iterable[str]) -> dict[str, str]:
+    """A colour for each method; an architecture has the same one in all figures."""
+    return dict(zip(dict.fromkeys([*LABELS, *names]), cycle(qualitative.Plotly), strict=False))
+
+
 def frontier(
     rows: list[dict[str, Any]], key: str, title: str, unit: str, lines: dict[str, float]
 ) -> go.Figure:
@@ -83,6 +92,7 @@ def frontier(
         lines: reference values.
     """
     figure = go.Figure()
+    colours = _colours(row["name"] for row in rows)
     for name in dict.fromkeys(row["name"] for row in rows):
         at: dict[int, list[float]] = {}
         for row in rows:
@@ -95,6 +105,7 @@ def frontier(
             y=means,
             name=label(name),
             mode="lines+markers",
+            line_color=colours[name],
             error_y={
                 "array": [max(at[k]) - mean for k, mean in zip(ks, means, strict=True)],
                 "arrayminus": [mean - min(at[k]) for k, mean in zip(ks, means, strict=True)],
@@ -114,19 +125,29 @@ def frontier(
         xaxis={"title": "k, experts or units active per token", "type": "log", "tickvals": ks},
         yaxis={"title": unit, "automargin": True},
         legend={"orientation": "h", "y": -0.25},
-        updatemenus=[{"buttons": buttons, "type": "buttons", "direction": "left", "y": 1.15}],
+        updatemenus=[
+            {
+                "buttons": buttons,
+                "type": "buttons",
+                "direction": "left",
+                "x": 0,
+                "xanchor": "left",
+                "y": 1.03,
+                "yanchor": "bottom",
+            }
+        ],
         template="plotly_white",
     )
 
 
-def write_frontier_page(path: Path, rows: list[dict[str, Any]]) -> None:
-    """The sparsity-accuracy frontier of a comparison, and all its numbers."""
+def frontiers(rows: list[dict[str, Any]]) -> list[go.Figure]:
+    """What the language model loses, what is unexplained, and what the gate's choices matter."""
     removed = {"MLP removed": rows[0]["ce_zero_ablation"] - rows[0]["ce_original"]}
     shuffled = [
         row | {"cost": row["ce_shuffled_gate_matched"] - row["ce_original"]} for row in rows
     ]
     nats = "nats per token"
-    figures = [
+    return [
         frontier(
             rows,
             "ce_increase",
@@ -143,11 +164,115 @@ def write_frontier_page(path: Path, rows: list[dict[str, Any]]) -> None:
             removed,
         ),
     ]
+
+
+def probes(scores: list[dict[str, Any]], data: str) -> go.Figure:
+    """F1 of sparse probes on one data set: means over seeds, and their range.
+
+    Args:
+        scores: `probing.summarise`'s rows, with ``data`` and ``name``. A guess that reads no
+            feature is a line.
+    """
+    rows = [row for row in scores if row["data"] == data]
+    colours = _colours(row["name"] for row in scores)
+    ns = sorted(
+        {n for row in rows if (n := row["n_features"]) != 0}, key=lambda n: float(n or math.inf)
+    )
+    figure = go.Figure()
+    for name in sorted({row["name"] for row in rows}, key=list(colours).index):
+        at: dict[int | None, list[float]] = {}
+        for row in rows:
+            if row["name"] == name:
+                at.setdefault(row["n_features"], []).append(row["f1"])
+        means = {n: sum(f1) / len(f1) for n, f1 in at.items()}
+        if 0 in at:
+            figure.add_hline(
+                means[0],
+                line_dash="dot",
+                annotation={"text": html.escape(label(name)), "bgcolor": "white", "opacity": 0.8},
+            )
+        if not (read := [n for n in ns if n in at]):
+            continue
+        figure.add_bar(
+            x=["all" if n is None else str(n) for n in read],
+            y=[means[n] for n in read],
+            name=html.escape(label(name)),
+            marker_color=colours[name],
+            error_y={
+                "array": [max(at[n]) - means[n] for n in read],
+                "arrayminus": [means[n] - min(at[n]) for n in read],
+                "visible": any(len(at[n]) > 1 for n in read),
+            },
+            hovertemplate="%{x} features: F1 %{y:.3f}",
+        )
+    return figure.update_layout(
+        title=html.escape(data),
+        xaxis={
+            "title": "features the probe reads",
+            "type": "category",
+            "categoryorder": "array",
+            "categoryarray": ["all" if n is None else str(n) for n in ns],
+        },
+        yaxis={"title": "F1, mean over classes", "range": [0, 1.05]},
+        legend={"orientation": "h", "y": -0.25},
+        template="plotly_white",
+    )
+
+
+def steering(rows: list[dict[str, Any]], unsteered: dict[str, float]) -> go.Figure:
+    """Coherence of steered samples against their perplexity, a point an expert and strength.
+
+    Args:
+        rows: with ``name``, ``expert``, ``strength``, ``coherence``, ``perplexity``, ``samples``.
+        unsteered: coherence and perplexity of the language model left alone.
+    """
+    figure = go.Figure()
+    colours = _colours(row["name"] for row in rows)
+    for name in sorted({row["name"] for row in rows}, key=list(colours).index):
+        points = [row for row in rows if row["name"] == name]
+        figure.add_scatter(
+            x=[row["perplexity"] for row in points],
+            y=[row["coherence"] for row in points],
+            name=html.escape(label(name)),
+            mode="markers",
+            marker={"color": colours[name], "opacity": 0.7},
+            customdata=[
+                [row["expert"], row["strength"], _wrapped(*row["samples"][:1])] for row in points
+            ],
+            hovertemplate="expert %{customdata[0]}, strength %{customdata[1]:.3g}: coherence "
+            "%{y:.3f}, perplexity %{x:.4g}<br><i>%{customdata[2]}</i>",
+        )
+    figure.add_scatter(
+        x=[unsteered["perplexity"]],
+        y=[unsteered["coherence"]],
+        name="unsteered",
+        mode="markers",
+        marker={"symbol": "star", "size": 14, "color": "black"},
+        hovertemplate="coherence %{y:.3f}, perplexity %{x:.4g}",
+    )
+    return figure.update_layout(
+        title="Steered samples",
+        xaxis={"title": "perplexity (log)", "type": "log"},
+        yaxis={"title": "coherence of the samples", "automargin": True},
+        legend={"orientation": "h", "y": -0.25},
+        hoverlabel={"align": "left"},
+        template="plotly_white",
+    )
+
+
+def _wrapped(text: str = "") -> str:
+    """Text for a hover label, where plotly reads some HTML."""
+    lines = textwrap.wrap(text, 60, max_lines=6, placeholder=" …")
+    return "<br>".join(html.escape(line) for line in lines)
+
+
+def write_frontier_page(path: Path, rows: list[dict[str, Any]]) -> None:
+    """The sparsity-accuracy frontier of a comparison, and all its numbers."""
     names = list(dict.fromkeys(name for row in rows for name in row))
-    everything = _html_table(names, [[_show(row.get(name)) for name in names] for row in rows])
+    everything = html_table(names, [[show(row.get(name)) for name in names] for row in rows])
     names, lines = _decisive(rows)
     tables = (
-        f'<div class="table">{_html_table(names, lines)}</div><details><summary>All numbers'
+        f'<div class="table">{html_table(names, lines)}</div><details><summary>All numbers'
         f'</summary><div class="table">{everything}</div></details>'
     )
     title = f"Layers in place of the MLP at {rows[0]['hook_name_out']} of {rows[0]['model_name']}"
@@ -155,10 +280,11 @@ def write_frontier_page(path: Path, rows: list[dict[str, Any]]) -> None:
         "The MxD starts from the original MLP's hidden units, which no transcoder can; the paper's "
         "recipe and all others start at random."
     )
-    _write(path, title, figures, f"<p>{note}</p>", tables)
+    _write(path, title, frontiers(rows), f"<p>{note}</p>", tables)
 
 
-def _html_table(names: list[str], lines: list[list[str]]) -> str:
+def html_table(names: list[str], lines: list[list[str]]) -> str:
+    """A table with a head."""
     head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
     body = "".join(
         f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in line)}</tr>" for line in lines
@@ -169,7 +295,7 @@ def _html_table(names: list[str], lines: list[list[str]]) -> str:
 def write_page(path: Path, row: dict[str, Any], density: Float[Tensor, "d_sae"]) -> None:
     """One layer's numbers as a table, and figures."""
     cells = "".join(
-        f"<tr><th>{html.escape(name)}</th><td>{html.escape(_show(value))}</td></tr>"
+        f"<tr><th>{html.escape(name)}</th><td>{html.escape(show(value))}</td></tr>"
         for name, value in row.items()
     )
     title = f"{row['architecture']} at {row['hook_name']} of {row['model_name']}"
@@ -229,11 +355,11 @@ def _decisive(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
             columns[f"probe F1, top {n}"] = lambda row, key=key: (
                 f"{row[key]:.3f}" if key in row else ""
             )
-    return list(columns), [[show(row) for show in columns.values()] for row in rows]
+    return list(columns), [[cell(row) for cell in columns.values()] for row in rows]
 
 
-def table(row: dict[str, Any]) -> str:
-    """The numbers that decide, for a terminal."""
+def summary(row: dict[str, Any]) -> list[tuple[str, str]]:
+    """The numbers that decide, each with what it is."""
     lost = row["ce_zero_ablation"] - row["ce_original"]
     lines = [
         ("cross-entropy, original model", f"{row['ce_original']:.4f} nats"),
@@ -252,9 +378,16 @@ def table(row: dict[str, Any]) -> str:
         ("ce_shuffled_gate_matched", "gate shuffled, norms kept"),
     ):
         lines.append((label, f"+{row[name] - row['ce_original']:.4f} nats"))
+    return lines
+
+
+def table(row: dict[str, Any]) -> str:
+    """The numbers that decide, for a terminal."""
+    lines = summary(row)
     width = max(len(label) for label, _ in lines)
     return "\n".join(f"{label:<{width}}  {value}" for label, value in lines)
 
 
-def _show(value: Any) -> str:
+def show(value: Any) -> str:
+    """A number as people read it."""
     return f"{value:.5g}" if isinstance(value, float) else str(value)

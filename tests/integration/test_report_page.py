@@ -1,0 +1,249 @@
+"""The report in a real browser: what a reader does with it, and what a corpus must not."""
+
+import shutil
+import time
+
+import pytest
+
+from mxd_lens.report import write_report
+
+from ..unit.test_report import HOSTILE, write_comparison
+
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+pytestmark = pytest.mark.skipif(
+    not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver on the PATH"
+)
+
+
+class Reader:
+    """A page in Chromium, by CSS selectors."""
+
+    def __init__(self, driver):
+        self.driver = driver
+
+    def all(self, selector):
+        return self.driver.find_elements("css selector", selector)
+
+    def one(self, selector):
+        (element,) = self.all(selector)
+        return element
+
+    def text(self, selector):
+        return self.one(selector).get_property("textContent")
+
+    def ids(self):
+        """The experts that are listed, in order."""
+        options = self.all("[role=option]")
+        return [int(option.get_attribute("id").removeprefix("option-")) for option in options]
+
+    def choose(self, selector, text):
+        """An option of a <select>."""
+        options = self.one(selector).find_elements("css selector", "option")
+        next(o for o in options if o.get_property("textContent") == text).click()
+
+    def wait(self, condition):
+        """Until it holds."""
+        end = time.monotonic() + 20
+        while not condition():
+            assert time.monotonic() < end, "waited for 20 seconds"
+            time.sleep(0.05)
+
+    def wait_for_expert(self, i):
+        self.wait(lambda: self.all("#detail h3") and self.text("#detail h3").startswith(f"#{i}"))
+
+    def width(self, width):
+        self.driver.execute_cdp_cmd(
+            "Emulation.setDeviceMetricsOverride",
+            {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False},
+        )
+
+    def console(self):
+        return [entry["message"] for entry in self.driver.get_log("browser")]
+
+
+@pytest.fixture(scope="module")
+def driver():
+    webdriver = pytest.importorskip("selenium.webdriver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for argument in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage"):
+        options.add_argument(f"--{argument}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    run = write_comparison(tmp_path_factory.mktemp("report") / "compare")
+    return write_report(run).as_uri()
+
+
+@pytest.fixture
+def page(driver, address):
+    """The page, opened anew, on a wide screen; whatever is done to it, nothing may go wrong."""
+    reader = Reader(driver)
+    reader.width(1200)
+    driver.get("about:blank")
+    driver.get(address)
+    yield reader
+    assert reader.console() == []
+    assert reader.all("img, iframe") == []
+    assert driver.execute_script("return window.pwned === undefined")
+
+
+def test_meaningful_experts_come_first(page):
+    assert page.ids() == [2, 7, 3, 0, 9]
+    assert page.text("#status") == "5 of 5 experts"
+
+
+@pytest.mark.parametrize(
+    "words, found",
+    [
+        ("#7", [7]),
+        ("7", [7]),
+        ("CATS", [2]),  # a name
+        ("kitten", [2]),  # a promoted token
+        ("near beyond", [2]),  # a context
+        ("fish", [9]),  # a strongest context; it is a weaker one of the others
+        ("</script><img", [2, 3, 0, 7]),
+        ("unicorn", []),
+    ],
+)
+def test_search(page, words, found):
+    page.one("#search").send_keys(words)
+    assert sorted(page.ids()) == sorted(found)
+    assert page.text("#status").startswith(f"{len(found)} of 5")
+
+
+@pytest.mark.parametrize(
+    "order, ids",
+    [
+        ("density: fires most often", [9, 7, 3, 2, 0]),
+        ("density: fires least often", [0, 2, 3, 7, 9]),
+        ("coherence of contexts", [3, 2, 7, 0, 9]),
+        ("mean coefficient", [2, 7, 0, 3, 9]),
+        ("best probe F1, fewest features first", [2, 7, 3, 0, 9]),
+        ("number", [0, 2, 3, 7, 9]),
+    ],
+)
+def test_order(page, order, ids):
+    page.choose("#order", order)
+    assert page.ids() == ids
+
+
+def test_experts_of_a_class(page):
+    page.choose("#order", "number")
+    page.choose("#class", "cats")
+    assert page.ids() == [7, 2, 3]
+    page.choose("#class", HOSTILE)
+    assert page.ids() == [0]
+    assert page.text("#status") == "1 of 5 experts; 1 of the class fired nowhere here"
+    page.choose("#class", "any")
+    assert page.ids() == [0, 2, 3, 7, 9]
+
+
+def test_a_click_shows_the_expert(page):
+    page.one("#option-2").click()
+    page.wait_for_expert(2)
+    assert page.driver.current_url.endswith("#expert-2")
+    assert page.one("[aria-selected=true]").get_attribute("id") == "option-2"
+    marks = [mark.get_property("textContent") for mark in page.all("mark")]
+    assert marks == [" cat", " near", "↵"]
+    assert page.all("mark")[0].get_attribute("title") == "coefficient 4"
+    first, second, third = (c.get_property("textContent") for c in page.all(".context .text"))
+    assert first == f" the cat↵ sat{HOSTILE} on" and third == first
+    assert second == f"… {' far' * 24} near{' beyond' * 12} …"
+    headings = [heading.text for heading in page.all("#detail h4")]
+    assert headings[0] == "Strongest contexts"
+    assert headings[-1] == "Contexts at the 25% quantile of its coefficient"
+    assert len(page.all("#detail svg rect")) == 20
+    tokens = [token.get_property("textContent") for token in page.all(".token")]
+    assert tokens == [" kitten+1.2", "↵+0.5", " rock-0.5"]
+
+
+def test_the_whole_text(page):
+    page.one("#option-2").click()
+    page.wait_for_expert(2)
+    page.one(".context button").click()
+    whole = page.all(".context .text")[1].get_property("textContent")
+    assert whole == f"{' far' * 30} near{' beyond' * 20}"
+
+
+def test_the_keyboard(page):
+    page.one("#search").send_keys("\ue015")  # arrow down: into the list
+    experts = page.driver.switch_to.active_element
+    assert experts.get_attribute("role") == "listbox"
+    experts.send_keys("\ue015\ue015\ue013")  # down, down, up
+    assert experts.get_attribute("aria-activedescendant") == "option-7"
+    experts.send_keys("\ue007")  # Enter
+    page.wait_for_expert(7)
+    experts.send_keys("\ue010\ue007")  # End, Enter
+    page.wait_for_expert(9)
+
+
+def test_links(page):
+    page.one("#option-2").click()
+    page.wait_for_expert(2)
+    links = page.all("#detail a")
+    assert [link.get_attribute("href").split("#")[1] for link in links] == ["expert-7", "expert-0"]
+    links[0].click()
+    page.wait_for_expert(7)
+    page.driver.back()
+    page.wait_for_expert(2)
+
+
+def test_the_classes_of_an_expert(page):
+    page.one("#option-7").click()
+    page.wait_for_expert(7)
+    assert "rank 1; F1 0.5 by itself" in page.text("#detail")
+    page.one("#detail li button").click()
+    assert page.ids() == [7, 2, 3]
+
+
+def test_a_link_opens_an_expert(page, address):
+    page.driver.get("about:blank")
+    page.driver.get(f"{address}#expert-0")
+    page.wait_for_expert(0)
+    assert page.text("#detail h3") == f"#0{HOSTILE}"
+    assert page.text(".sample").startswith("steered")
+    assert page.one("#option-0").get_attribute("aria-selected") == "true"
+    page.driver.get(f"{address}#expert-11")
+    page.wait(lambda: "Expert 11 fired nowhere" in page.text("#detail"))
+
+
+def test_every_figure_is_drawn(page):
+    plots = page.all(".plot")
+    assert len(plots) == 6
+    for plot in plots:
+        page.driver.execute_script("arguments[0].scrollIntoView()", plot)
+        page.wait(lambda plot=plot: plot.find_elements("css selector", ".main-svg"))
+        assert plot.rect["width"] <= 1200
+
+
+def test_the_sample_of_a_steered_expert(page):
+    plot = page.all(".plot")[-1]
+    page.driver.execute_script("arguments[0].scrollIntoView()", plot)
+    page.wait(lambda: plot.find_elements("css selector", ".main-svg"))
+    page.driver.execute_script(
+        "Plotly.Fx.hover(arguments[0], [{curveNumber: 0, pointNumber: 0}])", plot
+    )
+    label = plot.find_element("css selector", ".hoverlayer").get_property("textContent")
+    assert "expert 2, strength 1" in label and "</script><img src=x" in label
+
+
+def test_a_narrow_screen(page):
+    page.width(400)
+    assert page.driver.execute_script("return document.documentElement.scrollWidth") <= 400
+    page.one("#search").send_keys("dogs")
+    page.one("#option-7").click()
+    page.wait_for_expert(7)
+    top = "return arguments[0].getBoundingClientRect().top"
+    detail = page.one("#detail")
+    page.wait(lambda: 0 <= page.driver.execute_script(top, detail) < 200)
+    assert detail.rect["y"] > page.one("#scroll").rect["y"] + page.one("#scroll").rect["height"]
+    page.one("#back").click()
+    assert page.driver.switch_to.active_element.get_attribute("id") == "list"
+    assert page.driver.execute_script(top, page.one("#list")) > 0
+    assert page.driver.execute_script("return document.documentElement.scrollWidth") <= 400
