@@ -15,12 +15,24 @@ from simple_parsing import ArgumentParser
 from transformers.utils.logging import disable_progress_bar
 
 from mxd_lens import plots
+from mxd_lens.analysis import (
+    AnalysisConfig,
+    ExpertsConfig,
+    ProbeConfig,
+    SteerConfig,
+    probe_table,
+    run_experts,
+    run_probe,
+    run_steer,
+    steering_table,
+)
 from mxd_lens.assets import AssetError
-from mxd_lens.compare import CompareConfig, compare, measure_again
+from mxd_lens.compare import CompareConfig, compare, finished_runs, measure_again
 from mxd_lens.data import load_text
 from mxd_lens.faithfulness import evaluate
 from mxd_lens.models import load_model
 from mxd_lens.presets import PRESETS, Preset, dry_run
+from mxd_lens.report import write_report
 from mxd_lens.train import Interrupted, TrainConfig, load_documents, train
 
 DEMO = CompareConfig(
@@ -96,15 +108,41 @@ def show_preset(preset: Preset, cfg: TrainConfig) -> None:
 
 def run_evaluate(cfg: EvaluateConfig) -> None:
     """`mxd-lens evaluate`."""
-    path = Path(cfg.run) / RUNNER_CFG_FILENAME
-    if path.exists():
-        train_cfg = TrainConfig(**json.loads(path.read_text()), output=cfg.run)
-        if not train_cfg.layer_path.exists():
-            raise ValueError(f"the run in {cfg.run} is not finished: run its train command again")
-        run_evaluation(train_cfg, cfg.dataset, cfg.n_sequences)
+    folder = Path(cfg.run)
+    if (folder / RUNNER_CFG_FILENAME).exists():
+        (run,) = finished_runs(folder)
+        run_evaluation(run, cfg.dataset, cfg.n_sequences)
     else:
-        rows = measure_again(Path(cfg.run), cfg.dataset, cfg.n_sequences)
-        print(plots.comparison_table(rows))
+        print(plots.comparison_table(measure_again(folder, cfg.dataset, cfg.n_sequences)))
+
+
+def show_probes(cfg: ProbeConfig) -> None:
+    """`mxd-lens probe`."""
+    paths = run_probe(cfg)
+    print(f"\n{probe_table(paths)}\n")
+    print(*paths)
+
+
+def show_experts(cfg: ExpertsConfig) -> None:
+    """`mxd-lens experts`."""
+    for path in run_experts(cfg):
+        found = json.loads(path.read_text())
+        meaningful = sum(expert["meaningful"] for expert in found["experts"])
+        print(f"\n{path}: {found['n_live']:,} of {found['d_sae']:,} fire on ", end="")
+        print(f"{found['n_tokens']:,} tokens; {meaningful:,} are meaningful. {found['rule']}")
+
+
+def show_steering(cfg: SteerConfig) -> None:
+    """`mxd-lens steer`."""
+    paths = run_steer(cfg)
+    print(f"\n{steering_table(paths)}\n")
+    print(*paths)
+
+
+def run_report(cfg: AnalysisConfig) -> None:
+    """`mxd-lens report`."""
+    for run in cfg.runs():
+        print(write_report(Path(run.output)))
 
 
 def run_compare(cfg: CompareConfig) -> None:
@@ -147,6 +185,30 @@ COMMANDS = {
         run_evaluate,
         "measure a run, or all layers of a comparison, on other text",
         "mxd-lens evaluate --run runs/demo --dataset demo:state-of-the-union",
+    ),
+    "probe": (
+        ProbeConfig,
+        show_probes,
+        "tell topics, languages or your own labels by one, two, five or all units of a layer",
+        "mxd-lens probe --run runs/demo --data demo:bbc demo:languages",
+    ),
+    "experts": (
+        ExpertsConfig,
+        show_experts,
+        "describe every expert: where it fires, what it promotes, which others are like it",
+        "mxd-lens experts --run runs/demo/mxd-k32-seed0 --n_tokens 100_000",
+    ),
+    "steer": (
+        SteerConfig,
+        show_steering,
+        "steer single experts while the model writes; score coherence and fluency",
+        "mxd-lens steer --run runs/demo --n_experts 20 --strengths 0.5 1 2",
+    ),
+    "report": (
+        AnalysisConfig,
+        run_report,
+        "put all that is known of a run on one page, with a browser of its experts",
+        "mxd-lens report --run runs/demo/mxd-k32-seed0",
     ),
 }
 

@@ -1,0 +1,354 @@
+"""Analyses of finished layers: probe, inspect and steer them, with the results next to the layer.
+
+Each takes the folder of one run or of a comparison, whose layers then share what the language model
+has to compute. What a file already holds is not computed again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from sae_lens.constants import SPARSITY_FILENAME
+from sae_lens.saes.sae import SAE
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mxd_lens.compare import finished_runs
+from mxd_lens.data import load_text
+from mxd_lens.embedding import embed
+from mxd_lens.experts import inspect_experts
+from mxd_lens.faithfulness import hooks_of, read_heldout
+from mxd_lens.models import load_model, mlp_hooks
+from mxd_lens.probing import (
+    SCORES,
+    Features,
+    load_labelled,
+    pool_layer,
+    pool_neurons,
+    probe,
+    summarise,
+    text_activations,
+)
+from mxd_lens.steering import effect_amounts, evaluate_steering, generate_steered
+from mxd_lens.train import TrainConfig, load_documents
+
+
+@dataclass
+class AnalysisConfig:
+    """Which layers to analyse."""
+
+    run: str
+    """Output folder of `mxd-lens train`, or of `mxd-lens compare`: all of its layers."""
+    k: int | None = None
+    """Only the layers with this many active units."""
+
+    def runs(self) -> list[TrainConfig]:
+        """The finished runs in question.
+
+        Raises:
+            ValueError: there are none.
+        """
+        runs = [run for run in finished_runs(Path(self.run)) if self.k in (None, run.k)]
+        if not runs:
+            raise ValueError(f"{self.run} holds no finished layer with k={self.k}")
+        return runs
+
+
+@dataclass
+class ProbeConfig(AnalysisConfig):
+    """Which layers to probe, and for what."""
+
+    data: list[str] = field(default_factory=lambda: ["demo:bbc", "demo:languages", "demo:code"])
+    """Labelled text: these, a hub data set (name or name:config), or a local file."""
+    n_texts: int = 1200
+    """Texts of each, equally many of every class."""
+    n_splits: int = 5
+    """Random halves to train and test on, seeded 0, 1, 2, ..."""
+    dataset_split: str = "train"
+    """Split of a hub data set."""
+    text_column: str = "text"
+    """Column that holds the text."""
+    label_column: str = "label"
+    """Column that holds the class."""
+
+
+def run_probe(cfg: ProbeConfig) -> list[Path]:
+    """Sparse probes of the layers, beside the MLP's own neurons and a majority guess.
+
+    Returns:
+        ``probe.json`` in each run's folder: ``datasets``, by name; ``rows``, as `probe` gives
+        them, and ``summary``, their means over classes and splits, both with ``data``, ``name``,
+        ``k`` and ``run_seed``. Data sets that are there already are kept.
+
+    Raises:
+        ValueError: no such layers or labelled text, or probes there that were asked for otherwise.
+    """
+    asked = {name: value for name, value in asdict(cfg).items() if name not in ("run", "k", "data")}
+    runs = {Path(run.output) / "probe.json": run for run in cfg.runs()}
+    reports = {path: _read(path) or {"datasets": {}, "rows": []} for path in runs}
+    for path, report in reports.items():
+        for data in report["datasets"].keys() & set(cfg.data):
+            if report["datasets"][data]["asked"] != asked:
+                raise ValueError(
+                    f"{path} has probes of {data} with {report['datasets'][data]['asked']}: "
+                    "ask for the same, or delete that file"
+                )
+    model = None
+    for data in cfg.data:
+        missing = [path for path in runs if data not in reports[path]["datasets"]]
+        if not missing:
+            continue
+        some = runs[missing[0]]
+        model = model or load_model(some.model, some.model_class, some.device)
+        texts = load_labelled(
+            data,
+            split=cfg.dataset_split,
+            text_column=cfg.text_column,
+            label_column=cfg.label_column,
+            n_texts=cfg.n_texts,
+        )
+        hooks = mlp_hooks(model, some.layer)
+        activations = text_activations(model, texts["text"], hooks, autocast=some.autocast)
+        probed = partial(_probed, labels=texts["label"], n_splits=cfg.n_splits)
+        print(f"\n{data}: the MLP's neurons", flush=True)
+        neurons = pool_neurons(model, some.layer, activations, hooks[0])
+        nobody = {"data": data, "name": "majority", "k": None, "run_seed": None}
+        baselines = probed(nobody, neurons, n_features=[0])
+        baselines += probed(nobody | {"name": "neurons"}, neurons)
+        for path in missing:
+            run, report = runs[path], reports[path]
+            print(f"\n{data}: {run.name}, k = {run.k}, seed {run.seed}", flush=True)
+            sae = SAE.load_from_disk(run.layer_path, device=run.device)
+            who = {"data": data, "name": run.name, "k": run.k, "run_seed": run.seed}
+            report["rows"] += baselines + probed(who, pool_layer(sae, activations))
+            report["summary"] = _summary(report["rows"])
+            report["datasets"][data] = {"asked": asked, "classes": sorted(set(texts["label"]))}
+            _write(path, report)
+    return list(runs)
+
+
+def _probed(
+    who: dict[str, Any],
+    features: Features,
+    labels: Sequence[str],
+    n_splits: int,
+    n_features: Sequence[int | None] = (1, 2, 5, None),
+) -> list[dict[str, Any]]:
+    splits = [probe(features, labels, n_features=n_features, seed=i) for i in range(n_splits)]
+    return [who | row for rows in splits for row in rows]
+
+
+def _summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Means over classes and splits, for each data set and layer."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in _WHO), []).append(row)
+    return [
+        dict(zip(_WHO, group, strict=True)) | scores
+        for group, of_group in groups.items()
+        for scores in summarise(of_group)
+    ]
+
+
+_WHO = ("data", "name", "k", "run_seed")
+
+
+def probe_table(paths: Sequence[Path]) -> str:
+    """Mean scores of the probes, a data set and layer a line, as Markdown."""
+    lines = [["data", "layer", "k", "seed", "features", *SCORES]]
+    lines.append(["---"] * len(lines[0]))
+    summaries = [row for path in paths for row in _read(path)["summary"]]
+    for row in sorted(summaries, key=lambda row: row["data"]):
+        n = "all" if row["n_features"] is None else row["n_features"]
+        who = ["" if row[name] is None else f"{row[name]}" for name in _WHO]
+        line = [*who, f"{n}", *(f"{row[score]:.3f}" for score in SCORES)]
+        if line not in lines:  # every file has the baselines
+            lines.append(line)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+@dataclass
+class ExpertsConfig(AnalysisConfig):
+    """Which layers to look into, and on what text."""
+
+    dataset: str | None = None
+    """Text to read, named as for train; by default what the layer was trained on."""
+    n_tokens: int = 100_000
+    """Tokens to read."""
+    n_effect_contexts: int = 2
+    """Contexts of each expert in which its effect on the next token is measured; 0: not."""
+    sample_strength: float = 1.0
+    """Strength at which each expert is steered for a sample, see `steer`; 0: no samples."""
+    sample_tokens: int = 20
+    """Tokens of a sample."""
+    prompt: str = "I think that"
+    """What the samples continue."""
+
+
+def run_experts(cfg: ExpertsConfig) -> list[Path]:
+    """Describe every live expert of the layers: ``experts.json`` in each run's folder.
+
+    Returns:
+        These files. They hold what `inspect_experts` returns, ``dataset``, and how it was
+        ``asked`` for; a file that was asked for in the same way is not made again.
+
+    Raises:
+        ValueError: no such layers or text, or a file that was asked for otherwise.
+    """
+    asked = {name: value for name, value in asdict(cfg).items() if name not in ("run", "k")}
+    paths = {}
+    for run in cfg.runs():
+        path = paths[run.output] = Path(run.output) / "experts.json"
+        if path.exists() and _read(path)["asked"] != asked:
+            raise ValueError(f"{path} was made with other options: delete it to make it again")
+    model = None
+    for run in cfg.runs():
+        if paths[run.output].exists():
+            continue
+        print(f"\n{run.name}, k = {run.k}, seed {run.seed}", flush=True)
+        model = model or load_model(run.model, run.model_class, run.device)
+        sae = SAE.load_from_disk(run.layer_path, device=run.device)
+        texts = load_documents(run)[0] if cfg.dataset is None else load_text(cfg.dataset)
+        found = inspect_experts(
+            model,
+            sae,
+            texts,
+            n_tokens=cfg.n_tokens,
+            context_size=run.context_size,
+            lm_batch_size=run.lm_batch_size,
+            n_effect_contexts=cfg.n_effect_contexts,
+            autocast=run.autocast,
+            embed=partial(embed, device=run.device),
+        )
+        if cfg.sample_strength:
+            ids = [expert["id"] for expert in found["experts"]]
+            samples = generate_steered(
+                model,
+                sae,
+                ids,
+                effect_amounts(sae, ids, cfg.sample_strength, *layer_sample(model, sae, run)),
+                prompt=cfg.prompt,
+                n_tokens=cfg.sample_tokens,
+            )
+            for expert, (sample,) in zip(found["experts"], samples, strict=True):
+                expert["sample"] = cfg.prompt + sample
+        found |= {"asked": asked, "dataset": cfg.dataset or run.dataset}
+        _write(paths[run.output], found)
+    return list(paths.values())
+
+
+@dataclass
+class SteerConfig(AnalysisConfig):
+    """Which layers to steer, and how."""
+
+    experts: list[int] | None = None
+    """Units to steer; by default n_experts random ones of those that fire."""
+    n_experts: int = 20
+    """How many, where none are named."""
+    strengths: list[float] = field(default_factory=lambda: [0.5, 1.0, 2.0, 4.0])
+    """Norms of the change at the MLP's output, in mean norms of that output."""
+    n_samples: int = 8
+    """Samples of each unit at each strength."""
+    n_tokens: int = 24
+    """Tokens of a sample."""
+    temperature: float = 1.0
+    """Temperature of sampling."""
+    prompt: str = "I think that"
+    """What the samples continue."""
+    seed: int = 0
+    """Seed of the choice of units and of the samples."""
+
+
+def run_steer(cfg: SteerConfig) -> list[Path]:
+    """Steer units of the layers and judge what the model writes: ``steering.json`` in each run.
+
+    Returns:
+        These files, as `evaluate_steering` describes them. Rows of earlier calls are kept.
+
+    Raises:
+        ValueError: no such layers or units, or a file made with other settings.
+    """
+    model, paths = None, []
+    for run in cfg.runs():
+        print(f"\n{run.name}, k = {run.k}, seed {run.seed}", flush=True)
+        path = Path(run.output) / "steering.json"
+        model = model or load_model(run.model, run.model_class, run.device)
+        sae = SAE.load_from_disk(run.layer_path, device=run.device)
+        evaluate_steering(
+            model,
+            sae,
+            cfg.experts or random_units(run, cfg.n_experts, cfg.seed),
+            cfg.strengths,
+            *layer_sample(model, sae, run),
+            name=run.name,
+            prompt=cfg.prompt,
+            n_samples=cfg.n_samples,
+            n_tokens=cfg.n_tokens,
+            temperature=cfg.temperature,
+            seed=cfg.seed,
+            done=_read(path),
+            save=partial(_write, path),
+        )
+        paths.append(path)
+    return paths
+
+
+def random_units(run: TrainConfig, n: int, seed: int = 0) -> list[int]:
+    """Some of the units that, late in training, fired on more than one token in 100,000."""
+    log_density = load_file(run.layer_path / SPARSITY_FILENAME)["sparsity"]
+    live = (log_density > -5).nonzero().flatten()
+    order = torch.randperm(len(live), generator=torch.Generator().manual_seed(seed))
+    return live[order[:n]].tolist()
+
+
+def steering_table(paths: Sequence[Path]) -> str:
+    """Median scores over the units, a layer and strength a line, as Markdown."""
+    lines = [["layer", "strength", "units", "coherence", "perplexity"]]
+    lines.append(["---"] * len(lines[0]))
+    for path in paths:
+        report = _read(path)
+        name = report["rows"][0]["name"]
+        for strength in [0.0, *sorted({row["strength"] for row in report["rows"]})]:
+            rows = [row for row in report["rows"] if row["strength"] == strength]
+            rows = rows or [report["unsteered"]]
+            scores = [median(row[score] for row in rows) for score in ("coherence", "perplexity")]
+            n = len(rows) if strength else ""
+            lines.append([name, f"{strength:g}", f"{n}", f"{scores[0]:.3f}", f"{scores[1]:.1f}"])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def layer_sample(
+    model: Any, sae: SAE[Any], run: TrainConfig
+) -> tuple[Float[Tensor, "tokens d_in"], float]:
+    """Inputs of a layer at held-out tokens, and the mean norm of the MLP's output there."""
+    hook_in, hook_out = hooks_of(sae)
+    heldout = read_heldout(
+        model,
+        mlp_hooks(model, run.layer),
+        load_documents(run)[1],
+        context_size=run.context_size,
+        device=run.device,
+        n_tokens=4096,
+        autocast=run.autocast,
+    )
+    x, y = (torch.cat([pair[hook] for pair in heldout.pairs]) for hook in (hook_in, hook_out))
+    return x, y.norm(dim=-1).mean().item()
+
+
+def _read(path: Path) -> Any:
+    """What a JSON file says; None if there is none."""
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _write(path: Path, report: dict[str, Any]) -> None:
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(report) + "\n")
+    unfinished.replace(path)

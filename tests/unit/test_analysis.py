@@ -1,0 +1,209 @@
+"""The analyses of finished runs, on tiny models."""
+
+import json
+
+import pytest
+import torch
+from sae_lens.constants import SPARSITY_FILENAME
+from safetensors.torch import save_file
+
+from mxd_lens.analysis import (
+    ExpertsConfig,
+    ProbeConfig,
+    SteerConfig,
+    probe_table,
+    random_units,
+    run_experts,
+    run_probe,
+    run_steer,
+    steering_table,
+)
+from mxd_lens.cli import main
+from mxd_lens.probing import load_labelled, pool_layer, probe, text_activations
+from mxd_lens.train import train
+
+
+@pytest.fixture
+def runs(llama_folder, documents, make_config, tmp_path, one_thread):
+    """A folder with two finished runs of a tiny model, and one that is not."""
+    text = tmp_path / "text.jsonl"
+    documents.to_json(text)
+    for architecture in ("mxd", "topk"):
+        folder = tmp_path / "runs" / architecture
+        common = {"model": str(llama_folder), "dataset": str(text), "output": str(folder)}
+        train(make_config(architecture=architecture, **common))
+    (tmp_path / "runs" / "unfinished").mkdir()
+    (tmp_path / "runs" / "unfinished" / "runner_cfg.json").write_text(
+        (tmp_path / "runs" / "mxd" / "runner_cfg.json").read_text()
+    )
+    return tmp_path / "runs"
+
+
+@pytest.fixture
+def labelled(tmp_path):
+    path = tmp_path / "labelled.jsonl"
+    animals = [f"the cat saw {'the ' * i}dog" for i in range(20)]
+    things = [f"one mat on {'a ' * i}mat" for i in range(20)]
+    rows = [{"text": t, "label": "animal"} for t in animals]
+    rows += [{"text": t, "label": "thing"} for t in things]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """Sentence embeddings without a model: how often each letter occurs."""
+
+    def letters(texts, **_):
+        counts = [[text.count(letter) for letter in "abcdefghijklmnopqrstuvwxyz"] for text in texts]
+        return torch.nn.functional.normalize(torch.tensor(counts, dtype=torch.float32), dim=-1)
+
+    monkeypatch.setattr("mxd_lens.analysis.embed", letters)
+    monkeypatch.setattr("mxd_lens.steering.embed", letters)
+
+
+class TestProbe:
+    @pytest.fixture
+    def config(self, runs, labelled):
+        return ProbeConfig(run=str(runs), data=[labelled], n_texts=40, n_splits=2)
+
+    def test_all_layers_neurons_and_a_guess_are_probed_alike(self, config, runs, tiny_bridge):
+        paths = run_probe(config)
+        assert paths == [runs / "mxd" / "probe.json", runs / "topk" / "probe.json"]
+        reports = [json.loads(path.read_text()) for path in paths]
+        for report, name in zip(reports, ["mxd", "topk"], strict=True):
+            assert {row["name"] for row in report["summary"]} == {name, "neurons", "majority"}
+            assert {row["n_features"] for row in report["summary"]} == {0, 1, 2, 5, None}
+
+        texts = load_labelled(config.data[0], n_texts=40)
+        (run,) = [run for run in config.runs() if run.name == "topk"]
+        sae = train(run)
+        activations = text_activations(tiny_bridge, texts["text"], [sae.cfg.metadata.hook_name])
+        expected = probe(pool_layer(sae, activations), texts["label"], n_features=(2,), seed=1)
+        found = [
+            row
+            for row in reports[1]["rows"]
+            if (row["name"], row["n_features"], row["seed"]) == ("topk", 2, 1)
+        ]
+        assert [row["f1"] for row in found] == [row["f1"] for row in expected]
+        assert [row["features"] for row in found] == [row["features"] for row in expected]
+        table = probe_table(paths)
+        assert table.count(f"| {config.data[0]} | neurons |  |  | 1 |") == 1
+        assert "| mxd | 3 | 0 | 2 |" in table and "| topk | 3 | 0 | all |" in table
+
+    def test_what_is_there_is_kept(self, config, monkeypatch):
+        first = [path.read_text() for path in run_probe(config)]
+        monkeypatch.setattr("mxd_lens.analysis.load_model", None)
+        assert [path.read_text() for path in run_probe(config)] == first
+        config.n_texts = 20
+        with pytest.raises(ValueError, match="ask for the same, or delete"):
+            run_probe(config)
+
+    def test_a_single_run_and_only_one_k(self, config, runs):
+        config.run = str(runs / "mxd")
+        assert run_probe(config) == [runs / "mxd" / "probe.json"]
+        config.k = 7
+        with pytest.raises(ValueError, match="no finished layer with k=7"):
+            run_probe(config)
+
+    def test_folders_without_finished_runs(self, config, runs, tmp_path):
+        config.run = str(runs / "unfinished")
+        with pytest.raises(ValueError, match="is not finished"):
+            run_probe(config)
+        config.run = str(tmp_path / "elsewhere")
+        with pytest.raises(ValueError, match="neither a finished run nor a comparison"):
+            run_probe(config)
+
+
+class TestExperts:
+    def test_every_live_expert_of_every_run(self, runs, offline):
+        paths = run_experts(
+            ExpertsConfig(run=str(runs), n_tokens=600, sample_tokens=4, prompt="the cat")
+        )
+        assert paths == [runs / "mxd" / "experts.json", runs / "topk" / "experts.json"]
+        for path, name in zip(paths, ["mxd", "topk"], strict=True):
+            found = json.loads(path.read_text())
+            assert found["architecture"] == name and found["dataset"].endswith("text.jsonl")
+            assert len(found["experts"]) == found["n_live"] > 5
+            for expert in found["experts"]:
+                assert expert["sample"].startswith("the cat")
+                assert expert["promoted"] and expert["contexts"]
+            assert len({expert["sample"] for expert in found["experts"]}) > 5
+
+    def test_what_is_there_is_kept(self, runs, offline, monkeypatch):
+        config = ExpertsConfig(
+            run=str(runs / "mxd"), n_tokens=400, n_effect_contexts=0, sample_strength=0
+        )
+        (path,) = run_experts(config)
+        found = path.read_text()
+        assert json.loads(found)["experts"][0]["sample"] is None
+        monkeypatch.setattr("mxd_lens.analysis.load_model", None)
+        assert run_experts(config) == [path] and path.read_text() == found
+        config.n_tokens = 500
+        with pytest.raises(ValueError, match="other options: delete it"):
+            run_experts(config)
+
+
+class TestSteer:
+    @pytest.fixture
+    def config(self, runs):
+        return SteerConfig(
+            run=str(runs),
+            experts=[1, 5],
+            strengths=[0.5, 2.0],
+            n_samples=3,
+            n_tokens=4,
+            prompt="the cat",
+        )
+
+    def test_all_layers_at_the_same_strengths(self, config, runs, offline):
+        paths = run_steer(config)
+        assert paths == [runs / "mxd" / "steering.json", runs / "topk" / "steering.json"]
+        for path, name in zip(paths, ["mxd", "topk"], strict=True):
+            rows = json.loads(path.read_text())["rows"]
+            assert [(row["name"], row["strength"], row["expert"]) for row in rows] == [
+                (name, strength, expert) for strength in (0.5, 2.0) for expert in (1, 5)
+            ]
+            assert all(len(row["samples"]) == 3 for row in rows)
+            by_strength = [row["amount"] for row in rows if row["expert"] == 1]
+            assert by_strength[1] == pytest.approx(4 * by_strength[0])
+        table = steering_table(paths)
+        assert "| mxd | 0 |" in table and "| topk | 2 | 2 |" in table
+
+    def test_strengths_are_added_to_what_is_there(self, config, runs, offline):
+        config.run = str(runs / "topk")
+        (path,) = run_steer(config)
+        before = json.loads(path.read_text())["rows"]
+        config.strengths = [2.0, 1.0]
+        run_steer(config)
+        after = json.loads(path.read_text())["rows"]
+        assert after[:4] == before and [row["strength"] for row in after[4:]] == [1.0, 1.0]
+        config.prompt = "a dog"
+        with pytest.raises(ValueError, match="other prompt"):
+            run_steer(config)
+
+    def test_random_units_are_live_and_decided_by_the_seed(self, config, runs):
+        run = next(run for run in config.runs() if run.name == "topk")
+        some = random_units(run, 4)
+        assert len(set(some)) == 4 and some == random_units(run, 4) != random_units(run, 4, seed=1)
+        sparsity = torch.full((12,), -10.0)
+        sparsity[[2, 7]] = -1.0
+        save_file({"sparsity": sparsity}, run.layer_path / SPARSITY_FILENAME)
+        assert sorted(random_units(run, 4)) == [2, 7]
+
+
+def test_probe_experts_steer_and_report_from_the_shell(runs, labelled, offline, capsys):
+    run = runs / "mxd"
+    main(["evaluate", "--run", str(run), "--n_sequences", "4"])
+    main(["probe", "--run", str(run), "--data", labelled, "--n_texts", "40"])
+    assert "| neurons |" in capsys.readouterr().out
+    main(["experts", "--run", str(run), "--n_tokens", "400", "--sample_tokens", "3"])
+    assert "are meaningful" in capsys.readouterr().out
+    steering = ["--n_experts", "2", "--strengths", "1", "--n_samples", "2", "--n_tokens", "3"]
+    main(["steer", "--run", str(run), *steering])
+    assert "| mxd | 1 | 2 |" in capsys.readouterr().out
+    main(["report", "--run", str(run)])
+    assert capsys.readouterr().out.strip() == str(run / "report.html")
+    assert "mxd-lens experts" not in (run / "report.html").read_text()
+    with pytest.raises(SystemExit, match="other options"):
+        main(["experts", "--run", str(run), "--n_tokens", "401"])
