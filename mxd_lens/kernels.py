@@ -18,13 +18,22 @@ def topk_gate(
     W_enc: Float[Tensor, "d_in d_sae"],
     b_enc: Float[Tensor, "d_sae"],
     k: int,
+    *,
+    unit_norm: bool = False,
+    chunk_size: int = 1024,
 ) -> tuple[Float[Tensor, "*batch k"], Int[Tensor, "*batch k"]]:
     """The k largest entries of ``relu(x @ W_enc + b_enc)`` and where they are, in no set order.
 
     Differentiable in ``x``, ``W_enc`` and ``b_enc``. Rows with fewer than k positive
     pre-activations carry zeros. Fastest when ``W_enc.T`` is contiguous.
+
+    Args:
+        unit_norm: W_enc's columns have unit norm, and are to keep it: their gradient has no
+            component along them.
+        chunk_size: tokens whose pre-activations, [chunk_size, d_sae], exist at a time. A buffer
+            of them that is used again is also faster on a CPU than one for all tokens.
     """
-    return _TopKGate.apply(x, W_enc, b_enc, k)  # type: ignore[return-value]
+    return _TopKGate.apply(x, W_enc, b_enc, k, unit_norm, chunk_size)  # type: ignore[return-value]
 
 
 def topk_relu(
@@ -39,9 +48,18 @@ def weighted_row_sum(
     weights: Float[Tensor, "*batch k"],
     indices: Int[Tensor, "*batch k"],
     table: Float[Tensor, "rows d"],
+    *,
+    unit_norm: bool = False,
 ) -> Float[Tensor, "*batch d"]:
-    """``sum_j weights[..., j] * table[indices[..., j]]``, differentiable in weights and table."""
-    return _WeightedRowSum.apply(weights, indices, table)  # type: ignore[return-value]
+    """``sum_j weights[..., j] * table[indices[..., j]]``, differentiable in weights and table.
+
+    Args:
+        unit_norm: the table's rows have unit norm, and are to keep it: their gradient has no
+            component along them.
+    """
+    # Torch's own kernel has a good gradient for the weights, but not for the table.
+    out = _row_sum(weights.to(table.dtype), indices, table.detach())
+    return _TableGradient.apply(out, weights.detach(), indices, table, unit_norm)  # type: ignore[return-value]
 
 
 def to_dense(
@@ -54,50 +72,63 @@ def to_dense(
 
 class _TopKGate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, W_enc, b_enc, k):
+    def forward(ctx, x, W_enc, b_enc, k, unit_norm, chunk_size):
         # Under autocast the product runs in the lower precision; values return to W_enc's.
-        pre = torch.nn.functional.linear(x, W_enc.T, b_enc)  # [*batch, d_sae]
-        values, indices = topk_relu(pre, k)
-        values = values.to(W_enc.dtype)
+        device = x.device.type
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else W_enc.dtype
+        tokens, W, b = x.reshape(-1, x.shape[-1]).to(dtype), W_enc.to(dtype), b_enc.to(dtype)
+        pre = W.new_empty(min(chunk_size, len(tokens)), W.shape[1])
+        values = W_enc.new_empty(len(tokens), k)
+        indices = torch.empty_like(values, dtype=torch.long)
+        for start in range(0, len(tokens), chunk_size):
+            chunk = slice(start, start + chunk_size)
+            read = tokens[chunk]
+            of_chunk = torch.addmm(b, read, W, out=pre[: len(read)])
+            values[chunk], indices[chunk] = topk_relu(of_chunk, k)
+        values, indices = values.view(*x.shape[:-1], k), indices.view(*x.shape[:-1], k)
         ctx.save_for_backward(x, W_enc, values, indices)
         ctx.mark_non_differentiable(indices)
+        ctx.unit_norm = unit_norm
         return values, indices
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_values, _):
         x, W_enc, values, indices = ctx.saved_tensors
-        needs_x, needs_W, needs_b, _ = ctx.needs_input_grad
+        needs_x, needs_W, needs_b, *_ = ctx.needs_input_grad
         grad = torch.where(values > 0, grad_values, 0)  # [*batch, k]
         d_sae = W_enc.shape[1]
         grad_x = grad_W = grad_b = None
         if needs_x:
             grad_x = _row_sum(grad, indices, W_enc.T).to(x.dtype)
         if needs_W:
-            grad_W = _scatter_rows(grad, indices, x.to(grad.dtype), d_sae).T
+            grad_rows = _scatter_rows(grad, indices, x.to(grad.dtype), d_sae)
+            grad_W = (_tangential_(grad_rows, W_enc.T) if ctx.unit_norm else grad_rows).T
         if needs_b:
             grad_b = grad.new_zeros(d_sae).index_add_(0, indices.flatten(), grad.flatten())
-        return grad_x, grad_W, grad_b, None
+        return grad_x, grad_W, grad_b, None, None, None
 
 
-class _WeightedRowSum(torch.autograd.Function):
+class _TableGradient(torch.autograd.Function):
+    """Hands a `_row_sum` through, and its gradient on to the table."""
+
     @staticmethod
-    def forward(ctx, weights, indices, table):
+    def forward(ctx, out, weights, indices, table, unit_norm):
         ctx.save_for_backward(weights, indices, table)
-        return _row_sum(weights, indices, table)
+        ctx.unit_norm = unit_norm
+        return out.view_as(out)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out):
         weights, indices, table = ctx.saved_tensors
-        needs_weights, _, needs_table = ctx.needs_input_grad
-        grad_out = grad_out.to(table.dtype)
-        grad_weights = grad_table = None
-        if needs_weights:
-            grad_weights = _row_dots(grad_out, indices, table).to(weights.dtype)
-        if needs_table:
-            grad_table = _scatter_rows(weights, indices, grad_out, table.shape[0])
-        return grad_weights, None, grad_table
+        grad_table = None
+        if ctx.needs_input_grad[3]:
+            grad_table = _scatter_rows(weights, indices, grad_out, len(table))
+            if ctx.unit_norm:
+                grad_table = _tangential_(grad_table, table)
+        return grad_out, None, None, grad_table, None
 
 
 def _row_sum(weights: Tensor, indices: Tensor, table: Tensor) -> Tensor:
@@ -106,23 +137,10 @@ def _row_sum(weights: Tensor, indices: Tensor, table: Tensor) -> Tensor:
     out = F.embedding_bag(
         indices.reshape(-1, k),
         table.contiguous(),
-        per_sample_weights=weights.reshape(-1, k).to(table.dtype),
+        per_sample_weights=weights.reshape(-1, k),
         mode="sum",
     )
     return out.view(*indices.shape[:-1], table.shape[1])
-
-
-def _row_dots(vectors: Tensor, indices: Tensor, table: Tensor) -> Tensor:
-    """``vectors[b] . table[indices[b, j]]``: [*batch, d], [*batch, k], [rows, d] -> [*batch, k]
-
-    This is the gradient of `_row_sum` in its weights, for which torch has a kernel; asking
-    autograd for it avoids the [*batch, k, d] tensor that a gather would build.
-    """
-    with torch.enable_grad():
-        weights = torch.zeros(indices.shape, dtype=table.dtype, device=table.device)
-        weights.requires_grad_()
-        (dots,) = torch.autograd.grad(_row_sum(weights, indices, table.detach()), weights, vectors)
-    return dots
 
 
 def _scatter_rows(weights: Tensor, indices: Tensor, vectors: Tensor, rows: int) -> Tensor:
@@ -140,3 +158,9 @@ def _scatter_rows(weights: Tensor, indices: Tensor, vectors: Tensor, rows: int) 
         per_sample_weights=weights.flatten()[order].to(vectors.dtype),
         mode="sum",
     )
+
+
+def _tangential_(grad: Float[Tensor, "rows d"], unit: Float[Tensor, "rows d"]) -> Tensor:
+    """Take out of each row of grad, in place, its component along the unit row."""
+    along = torch.einsum("nd,nd->n", grad, unit)
+    return grad.addcmul_(unit, along[:, None], value=-1)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from mxd_lens.kernels import to_dense, topk_gate, topk_relu, weighted_row_sum
-from mxd_lens.objective import split_pairs, step_output, tangent
+from mxd_lens.objective import split_pairs, step_output
 
 
 def check_topk(cfg: Any, units: str) -> None:
@@ -44,6 +44,12 @@ def check_topk(cfg: Any, units: str) -> None:
         )
 
 
+@torch.no_grad()
+def to_unit_norm_(W: Tensor, dim: int) -> None:
+    """Scale the vectors along dim to unit norm, in place."""
+    W.div_(torch.linalg.vector_norm(W, dim=dim, keepdim=True).clamp_min_(1e-12))
+
+
 def watched(hook: nn.Module) -> bool:
     """Whether anyone looks at this hook point."""
     return bool(hook._forward_hooks or hook._backward_hooks)
@@ -60,6 +66,8 @@ class TopKLayer(SAE[Any]):
     b_enc: nn.Parameter
     decode_reads_input: ClassVar[bool] = True
     """Whether the output depends on the input besides the coefficients."""
+    gate_chunk_size: int = 1024
+    """Tokens whose pre-activations exist at a time: set it lower to save memory."""
 
     def __init__(self, cfg: Any):
         super().__init__(cfg)
@@ -141,7 +149,7 @@ class TopKLayer(SAE[Any]):
     ) -> tuple[Float[Tensor, "*batch k"], Int[Tensor, "*batch k"]]:
         if watched(self.hook_sae_acts_pre):
             return topk_relu(self.hook_sae_acts_pre(x @ self.W_enc + self.b_enc), self.cfg.k)
-        return topk_gate(x, self.W_enc, self.b_enc, self.cfg.k)
+        return topk_gate(x, self.W_enc, self.b_enc, self.cfg.k, chunk_size=self.gate_chunk_size)
 
     def _combine(self, x: Any, decoded: Tensor) -> Tensor:
         """Output for input x (None from a `decode` that reads none) and ``decoded = a W_dec``."""
@@ -174,14 +182,14 @@ class TopKLayer(SAE[Any]):
 class TrainingTopKLayer(TopKLayer, TrainingSAE[Any]):
     """A `TopKLayer` as `SAETrainer` trains it, on batches ``cat([mlp_in, mlp_out], -1)``."""
 
+    unit_norm_decoder: ClassVar[bool] = True
+    """Whether rows of W_dec are kept at unit norm, and their gradient orthogonal to them."""
+
     @torch.no_grad()
     def renormalise(self) -> None:
-        """Rows of W_dec back to unit norm, before every step."""
-        self.W_dec.copy_(F.normalize(self.W_dec, dim=-1))
-
-    def _decoder(self) -> Tensor:
-        """W_dec, with the gradient it is to have."""
-        return tangent(self.W_dec, -1)
+        """What is kept at unit norm back to it, before every step."""
+        if self.unit_norm_decoder:
+            to_unit_norm_(self.W_dec, -1)
 
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         """The layer and its loss on one batch, see `step_output`.
@@ -193,7 +201,8 @@ class TrainingTopKLayer(TopKLayer, TrainingSAE[Any]):
         self.renormalise()
         inputs = self._read(x)
         values, indices = self._gate(inputs)
-        y_hat = self._combine(inputs, weighted_row_sum(values, indices, self._decoder()))
+        decoded = weighted_row_sum(values, indices, self.W_dec, unit_norm=self.unit_norm_decoder)
+        y_hat = self._combine(inputs, decoded)
         aux_losses = self._aux_losses(values, indices, y)
         return step_output(y, y_hat, values, indices, self.cfg.d_sae, aux_losses)
 

@@ -32,8 +32,8 @@ from transformer_lens.hook_points import HookPoint
 from transformers.activations import ACT2CLS
 
 from mxd_lens.kernels import topk_gate, topk_relu, weighted_row_sum
-from mxd_lens.layer import TopKLayer, TrainingTopKLayer, check_topk, watched
-from mxd_lens.objective import pair_loss, tangent
+from mxd_lens.layer import TopKLayer, TrainingTopKLayer, check_topk, to_unit_norm_, watched
+from mxd_lens.objective import pair_loss
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -349,7 +349,7 @@ class TrainingMxD(MxD, TrainingTopKLayer):
         """
         if self.cfg.recipe == "centred":
             self.W_dec.sub_(self.W_dec.mean(0))
-            self.W_enc.copy_(F.normalize(self.W_enc, dim=0))
+            to_unit_norm_(self.W_enc, 0)
         super().renormalise()
 
     def _gate(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -360,7 +360,14 @@ class TrainingMxD(MxD, TrainingTopKLayer):
         if watched(self.hook_sae_acts_pre):
             pre = self.hook_sae_acts_pre(x @ self.W_enc * scale)
             return topk_relu(pre, self.cfg.k)
-        values, indices = topk_gate(x, tangent(self.W_enc, 0), self.b_enc, self.cfg.k)
+        values, indices = topk_gate(
+            x,
+            self.W_enc,
+            self.b_enc,
+            self.cfg.k,
+            unit_norm=True,
+            chunk_size=self.gate_chunk_size,
+        )
         return values * scale, indices
 
     def _aux_losses(self, values: Tensor, indices: Tensor, y: Tensor) -> dict[str, Tensor]:

@@ -60,24 +60,6 @@ def step_output(
     )
 
 
-def tangent(W: Tensor, dim: int) -> Tensor:
-    """The identity on vectors of unit norm along dim; its gradient has no component along them."""
-    return _Tangent.apply(W, dim)  # type: ignore[return-value]
-
-
-class _Tangent(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, W: Tensor, dim: int) -> Tensor:
-        ctx.save_for_backward(W)
-        ctx.dim = dim
-        return W.view_as(W)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        (W,) = ctx.saved_tensors
-        return grad - W * (W * grad).sum(ctx.dim, keepdim=True), None
-
-
 def as_coo(
     values: Float[Tensor, "batch k"], indices: Int[Tensor, "batch k"], d_sae: int
 ) -> Float[Tensor, "batch d_sae"]:

@@ -156,11 +156,7 @@ class TrainingTopKSkipTranscoder(TopKSkipTranscoder, TrainingTopKTranscoder):
 
     cfg: TrainingTopKSkipTranscoderConfig  # type: ignore[assignment]
 
-    def renormalise(self) -> None:
-        pass
-
-    def _decoder(self) -> Tensor:
-        return self.W_dec
+    unit_norm_decoder = False
 
 
 register_sae_class("topk_transcoder", TopKTranscoder, TopKTranscoderConfig)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -64,6 +66,38 @@ def test_random_sizes_equal_the_dense_form(trial):
     tokens, d_in, d_sae, d_out = torch.randint(1, 40, (4,), generator=generator).tolist()
     k = int(torch.randint(1, d_sae + 1, (), generator=generator))
     assert_same_as_dense(draw(tokens, d_in=d_in, d_sae=d_sae, d_out=d_out), k)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7, 15, 100])
+@pytest.mark.parametrize("batch", [(), (15,), (3, 5)])
+def test_chunks_change_nothing(batch, chunk_size):
+    inputs = draw(*batch)
+
+    def chunked(x, W_enc, b_enc, table, k):
+        gate = topk_gate(x, W_enc, b_enc, k, chunk_size=chunk_size)
+        return weighted_row_sum(*gate, table)
+
+    whole = value_and_grads(sparse, inputs, 3)
+    for found, expected in zip(value_and_grads(chunked, inputs, 3), whole, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_gradients_of_unit_vectors_are_tangential():
+    x, W_enc, b_enc, table = (tensor.detach() for tensor in draw(30))
+    W_enc, table = W_enc / W_enc.norm(dim=0), table / table.norm(dim=1, keepdim=True)
+    inputs = [tensor.requires_grad_() for tensor in (x, W_enc, b_enc, table)]
+
+    def unit(x, W_enc, b_enc, table, k):
+        return weighted_row_sum(
+            *topk_gate(x, W_enc, b_enc, k, unit_norm=True), table, unit_norm=True
+        )
+
+    def normed(x, W_enc, b_enc, table, k):
+        return dense(x, W_enc / W_enc.norm(dim=0), b_enc, table / table.norm(dim=1)[:, None], k)
+
+    expected = value_and_grads(normed, inputs, 3)
+    for found, tangential in zip(value_and_grads(unit, inputs, 3), expected, strict=True):
+        torch.testing.assert_close(found, tangential, rtol=1e-9, atol=1e-11)
 
 
 def test_gradcheck():
@@ -195,7 +229,7 @@ def test_nothing_of_size_d_sae_is_saved_for_backward():
     inputs = draw(50)
     assert any(D_SAE in shape for shape in saved_for_backward(dense, inputs, 3))
     shapes = saved_for_backward(sparse, inputs, 3)
-    assert shapes and set(shapes) == {(50, 3)}
+    assert (50, 3) in shapes and all(math.prod(shape) <= 50 * 3 for shape in shapes)
 
 
 def test_the_pre_activations_are_freed_by_the_end_of_forward():
