@@ -48,7 +48,7 @@ def write_report(run: Path) -> Path:
     beside = _beside(run, row["k"], seed) if comparison else []
     experts = _read(run / "experts.json")
     steering = _read_all([run, *beside], "steering.json")
-    probes = _read_all([run, *beside, *([parent] if comparison else [])], "probe.json")
+    probes = _read_all([run, *beside], "probe.json")
     reads = [row for file in probes for row in file["rows"] if _who(row) == this]
     parts = {
         "title": html.escape(f"{plots.label(name)}, k = {row['k']}, {row['model_name']}"),

@@ -249,19 +249,6 @@ class TestWhatIsThere:
         assert bars["neurons"]["y"] == [0.375]
         assert "tinytranscoder300.2500.500" in whole.text  # the table's line
 
-    def test_probes_of_a_whole_comparison(self, tmp_path):
-        run = write_comparison(tmp_path)
-        shared = probe_file()
-        for name, k, f1 in (("topk_transcoder", 3, 0.25), ("topk", 2, 0.125)):
-            shared["summary"] += probe_file(name, k, f1)["summary"]
-        (run / "probe.json").rename(tmp_path / "probe.json")
-        (tmp_path / "probe.json").write_text(json.dumps(shared))
-        page = Page(write_report(run))
-        bars = figure_with(page, "features the probe reads")["data"]
-        assert [bar["name"] for bar in bars] == ["MxD", "transcoder", "neurons"]
-        assert page.data["classes"][0]["experts"][0] == [7, 1, 1, 0.5]
-        assert "mxd-lens probe" not in page.text
-
     def test_a_guess_is_a_line(self, whole):
         layout = figure_with(whole, "features the probe reads")["layout"]
         assert [(shape["y0"], shape["y1"]) for shape in layout["shapes"]] == [(0.0, 0.0)]
