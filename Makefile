@@ -21,6 +21,7 @@ search-recipe: setup
 	$(BIN)/python tests/benchmarks/search_recipe.py
 
 bench: setup
+	DEVICE=$(or $(DEVICE),cpu) $(BIN)/python tests/benchmarks/bench_model.py
 	DEVICE=$(or $(DEVICE),cpu) $(BIN)/python tests/benchmarks/bench_step.py
 
 bench-train: setup

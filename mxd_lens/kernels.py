@@ -75,7 +75,7 @@ class _TopKGate(torch.autograd.Function):
     def forward(ctx, x, W_enc, b_enc, k, unit_norm, chunk_size):
         # Under autocast the product runs in the lower precision; values return to W_enc's.
         device = x.device.type
-        autocast = torch.is_autocast_enabled(device)
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else W_enc.dtype
         tokens, W, b = x.reshape(-1, x.shape[-1]).to(dtype), W_enc.to(dtype), b_enc.to(dtype)
         pre = W.new_empty(min(chunk_size, len(tokens)), W.shape[1])

@@ -11,8 +11,11 @@ from __future__ import annotations
 import json
 import os
 import platform
+import resource
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
+from multiprocessing import get_context
 from statistics import median
 from typing import Any
 
@@ -103,6 +106,36 @@ def milliseconds(steps: dict[str, Step], seconds: float = 4.0) -> dict[str, list
     return times
 
 
+def peak_memory() -> tuple[float, float]:
+    """(bytes that training steps take at most, what they are meant to), in a process of its own."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(_peak_memory).result()
+
+
+def _peak_memory() -> tuple[float, float]:
+    batch = torch.randn(BATCH, 2 * D_MODEL, device=DEVICE)
+    (
+        batch[:, :D_MODEL] @ torch.randn(D_MODEL, 8, device=DEVICE, requires_grad=True)
+    ).sum().backward()
+    before = _most_memory()
+    sae = new_mxd("paper")
+    optimiser = torch.optim.Adam(sae.parameters(), fused=True)
+    step_input = TrainStepInput(batch, {}, None, 0, False)
+    for _ in range(3):
+        sae.training_forward_pass(step_input).loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    n_parameters = sum(p.numel() for p in sae.parameters())
+    return _most_memory() - before, 4 * (4 * n_parameters + 1.5 * BATCH * D_SAE)
+
+
+def _most_memory() -> float:
+    """The most memory, in bytes, that has been in use at a time."""
+    if DEVICE == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def show(title: str, times: dict[str, list[float]], floors: dict[str, str]) -> None:
     """A table; floors names the row each is a multiple of."""
     print(f"\n{title}\n\n| forward + backward | ms, median | ms, range | over its floor |")
@@ -162,6 +195,22 @@ def main() -> None:
         {"floor": times["floor"], **by_k},
         dict.fromkeys(by_k, "floor") | {"floor": "floor"},
     )
+
+    big = new_mxd("paper", d=2048, n=32_768, k=64, h=8192)
+    wide = torch.randn(512, 4096, device=DEVICE)
+    times_big = milliseconds(
+        {"floor": floor_of(big, wide[:, :2048]), "MxD": forward_and_backward(big, wide)}, 2.0
+    )
+    show(
+        "B 512, d 2,048, N 32,768, k 64, GLU H 8,192", times_big, dict.fromkeys(times_big, "floor")
+    )
+    del big
+
+    used, bound = peak_memory()
+    print(
+        f"\nPeak memory of a step with Adam: {used / 1e6:,.0f} MB; weights, gradient, two moments "
+    )
+    print(f"and one and a half buffers [B, N] are {bound / 1e6:,.0f} MB")
 
     at = {name: median(runs) for name, runs in times.items()}
     print()
