@@ -1,12 +1,10 @@
 """Analyses of finished layers: probe, inspect and steer them, with the results next to the layer.
 
-Each takes the folder of one run or of a comparison, whose layers then share what the language model
-has to compute. What a file already holds is not computed again.
+Each takes the folder of one run or of a comparison, and keeps what its files already hold.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -26,6 +24,7 @@ from mxd_lens.data import load_text
 from mxd_lens.embedding import embed
 from mxd_lens.experts import inspect_experts
 from mxd_lens.faithfulness import hooks_of, read_heldout
+from mxd_lens.files import read_json, write_json
 from mxd_lens.models import load_model, mlp_hooks
 from mxd_lens.probing import (
     SCORES,
@@ -54,12 +53,23 @@ class AnalysisConfig:
         """The finished runs in question.
 
         Raises:
-            ValueError: there are none.
+            ValueError: there are none, or they are of more than one MLP.
         """
-        runs = [run for run in finished_runs(Path(self.run)) if self.k in (None, run.k)]
+        runs = finished_runs(Path(self.run))
+        if len({(run.model, run.model_class, run.layer) for run in runs}) > 1:
+            raise ValueError(
+                f"{self.run} holds layers of several models or at several places: name one of the "
+                "folders in it"
+            )
+        runs = [run for run in runs if self.k in (None, _layer_k(run))]
         if not runs:
             raise ValueError(f"{self.run} holds no finished layer with k={self.k}")
         return runs
+
+
+def _layer_k(run: TrainConfig) -> int | None:
+    """A layer's k; None for those that have no such thing."""
+    return read_json(run.layer_path / "cfg.json").get("k")
 
 
 @dataclass
@@ -93,7 +103,7 @@ def run_probe(cfg: ProbeConfig) -> list[Path]:
     """
     asked = {name: value for name, value in asdict(cfg).items() if name not in ("run", "k", "data")}
     runs = {Path(run.output) / "probe.json": run for run in cfg.runs()}
-    reports = {path: _read(path) or {"datasets": {}, "rows": []} for path in runs}
+    reports = {path: read_json(path) or {"datasets": {}, "rows": []} for path in runs}
     for path, report in reports.items():
         for data in report["datasets"].keys() & set(cfg.data):
             if report["datasets"][data]["asked"] != asked:
@@ -116,7 +126,14 @@ def run_probe(cfg: ProbeConfig) -> list[Path]:
             n_texts=cfg.n_texts,
         )
         hooks = mlp_hooks(model, some.layer)
-        activations = text_activations(model, texts["text"], hooks, autocast=some.autocast)
+        activations = text_activations(
+            model,
+            texts["text"],
+            hooks,
+            context_size=some.context_size,
+            lm_batch_size=some.lm_batch_size,
+            autocast=some.autocast,
+        )
         probed = partial(_probed, labels=texts["label"], n_splits=cfg.n_splits)
         print(f"\n{data}: the MLP's neurons", flush=True)
         neurons = pool_neurons(model, some.layer, activations, hooks[0])
@@ -127,11 +144,11 @@ def run_probe(cfg: ProbeConfig) -> list[Path]:
             run, report = runs[path], reports[path]
             print(f"\n{data}: {run.name}, k = {run.k}, seed {run.seed}", flush=True)
             sae = SAE.load_from_disk(run.layer_path, device=run.device)
-            who = {"data": data, "name": run.name, "k": run.k, "run_seed": run.seed}
+            who = {"data": data, "name": run.name, "k": _layer_k(run), "run_seed": run.seed}
             report["rows"] += baselines + probed(who, pool_layer(sae, activations))
             report["summary"] = _summary(report["rows"])
             report["datasets"][data] = {"asked": asked, "classes": sorted(set(texts["label"]))}
-            _write(path, report)
+            write_json(path, report, indent=None)
     return list(runs)
 
 
@@ -165,7 +182,7 @@ def probe_table(paths: Sequence[Path]) -> str:
     """Mean scores of the probes, a data set and layer a line, as Markdown."""
     lines = [["data", "layer", "k", "seed", "features", *SCORES]]
     lines.append(["---"] * len(lines[0]))
-    summaries = [row for path in paths for row in _read(path)["summary"]]
+    summaries = [row for path in paths for row in read_json(path)["summary"]]
     for row in sorted(summaries, key=lambda row: row["data"]):
         n = "all" if row["n_features"] is None else row["n_features"]
         who = ["" if row[name] is None else f"{row[name]}" for name in _WHO]
@@ -207,28 +224,34 @@ def run_experts(cfg: ExpertsConfig) -> list[Path]:
     paths = {}
     for run in cfg.runs():
         path = paths[run.output] = Path(run.output) / "experts.json"
-        if path.exists() and _read(path)["asked"] != asked:
+        if path.exists() and read_json(path)["asked"] != asked:
             raise ValueError(f"{path} was made with other options: delete it to make it again")
     model = None
     for run in cfg.runs():
-        if paths[run.output].exists():
+        path = paths[run.output]
+        found = read_json(path)
+        sampled = not cfg.sample_strength or (found and found["experts"][0]["sample"] is not None)
+        if found and sampled:
             continue
         print(f"\n{run.name}, k = {run.k}, seed {run.seed}", flush=True)
         model = model or load_model(run.model, run.model_class, run.device)
         sae = SAE.load_from_disk(run.layer_path, device=run.device)
-        texts = load_documents(run)[0] if cfg.dataset is None else load_text(cfg.dataset)
-        found = inspect_experts(
-            model,
-            sae,
-            texts,
-            n_tokens=cfg.n_tokens,
-            context_size=run.context_size,
-            lm_batch_size=run.lm_batch_size,
-            n_effect_contexts=cfg.n_effect_contexts,
-            autocast=run.autocast,
-            embed=partial(embed, device=run.device),
-        )
-        if cfg.sample_strength:
+        if not found:
+            texts = load_documents(run)[0] if cfg.dataset is None else load_text(cfg.dataset)
+            found = inspect_experts(
+                model,
+                sae,
+                texts,
+                n_tokens=cfg.n_tokens,
+                context_size=run.context_size,
+                lm_batch_size=run.lm_batch_size,
+                n_effect_contexts=cfg.n_effect_contexts,
+                autocast=run.autocast,
+                embed=partial(embed, device=run.device),
+            )
+            found |= {"asked": asked, "dataset": cfg.dataset or run.dataset}
+            write_json(path, found, indent=None)
+        if not sampled:
             ids = [expert["id"] for expert in found["experts"]]
             samples = generate_steered(
                 model,
@@ -240,8 +263,7 @@ def run_experts(cfg: ExpertsConfig) -> list[Path]:
             )
             for expert, (sample,) in zip(found["experts"], samples, strict=True):
                 expert["sample"] = cfg.prompt + sample
-        found |= {"asked": asked, "dataset": cfg.dataset or run.dataset}
-        _write(paths[run.output], found)
+            write_json(path, found, indent=None)
     return list(paths.values())
 
 
@@ -282,10 +304,13 @@ def run_steer(cfg: SteerConfig) -> list[Path]:
         path = Path(run.output) / "steering.json"
         model = model or load_model(run.model, run.model_class, run.device)
         sae = SAE.load_from_disk(run.layer_path, device=run.device)
+        units = cfg.experts or random_units(run, cfg.n_experts, cfg.seed)
+        if not units or not cfg.strengths:
+            raise ValueError(f"nothing to do: units {units} of {path.parent} at {cfg.strengths}")
         evaluate_steering(
             model,
             sae,
-            cfg.experts or random_units(run, cfg.n_experts, cfg.seed),
+            units,
             cfg.strengths,
             *layer_sample(model, sae, run),
             name=run.name,
@@ -294,15 +319,15 @@ def run_steer(cfg: SteerConfig) -> list[Path]:
             n_tokens=cfg.n_tokens,
             temperature=cfg.temperature,
             seed=cfg.seed,
-            done=_read(path),
-            save=partial(_write, path),
+            done=read_json(path),
+            save=partial(write_json, path, indent=None),
         )
         paths.append(path)
     return paths
 
 
 def random_units(run: TrainConfig, n: int, seed: int = 0) -> list[int]:
-    """Some of the units that, late in training, fired on more than one token in 100,000."""
+    """Some of the units that fired in the last training steps that SAELens kept count of."""
     log_density = load_file(run.layer_path / SPARSITY_FILENAME)["sparsity"]
     live = (log_density > -5).nonzero().flatten()
     order = torch.randperm(len(live), generator=torch.Generator().manual_seed(seed))
@@ -314,7 +339,7 @@ def steering_table(paths: Sequence[Path]) -> str:
     lines = [["layer", "strength", "units", "coherence", "perplexity"]]
     lines.append(["---"] * len(lines[0]))
     for path in paths:
-        report = _read(path)
+        report = read_json(path)
         name = report["rows"][0]["name"]
         for strength in [0.0, *sorted({row["strength"] for row in report["rows"]})]:
             rows = [row for row in report["rows"] if row["strength"] == strength]
@@ -341,14 +366,3 @@ def layer_sample(
     )
     x, y = (torch.cat([pair[hook] for pair in heldout.pairs]) for hook in (hook_in, hook_out))
     return x, y.norm(dim=-1).mean().item()
-
-
-def _read(path: Path) -> Any:
-    """What a JSON file says; None if there is none."""
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-def _write(path: Path, report: dict[str, Any]) -> None:
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(report) + "\n")
-    unfinished.replace(path)

@@ -30,10 +30,11 @@ from mxd_lens.assets import AssetError
 from mxd_lens.compare import CompareConfig, compare, finished_runs, measure_again
 from mxd_lens.data import load_text
 from mxd_lens.faithfulness import evaluate
+from mxd_lens.files import read_json, write_json
 from mxd_lens.models import load_model
 from mxd_lens.presets import PRESETS, Preset, dry_run
 from mxd_lens.report import write_report
-from mxd_lens.train import Interrupted, TrainConfig, load_documents, train
+from mxd_lens.train import TrainConfig, load_documents, train
 
 DEMO = CompareConfig(
     output="runs/demo",
@@ -80,7 +81,7 @@ def run_evaluation(
     results = Path(cfg.output) / f"{stem}.json"
     page = results.with_suffix(".html")
     plots.write_page(page, row, density)
-    results.write_text(json.dumps(row, indent=2) + "\n")
+    write_json(results, row)
     print(plots.table(row))
     print(f"\n{results}  {page}  {cfg.layer_path}")
 
@@ -95,7 +96,7 @@ def run_train(cfg: TrainConfig) -> None:
     if model is not None:
         run_evaluation(cfg, model=model)
     else:
-        print(plots.table(json.loads(results.read_text())))
+        print(plots.table(read_json(results)))
         print(f"\nfound finished in {cfg.output}; delete that folder to run again")
 
 
@@ -126,7 +127,7 @@ def show_probes(cfg: ProbeConfig) -> None:
 def show_experts(cfg: ExpertsConfig) -> None:
     """`mxd-lens experts`."""
     for path in run_experts(cfg):
-        found = json.loads(path.read_text())
+        found = read_json(path)
         meaningful = sum(expert["meaningful"] for expert in found["experts"])
         print(f"\n{path}: {found['n_live']:,} of {found['d_sae']:,} fire on ", end="")
         print(f"{found['n_tokens']:,} tokens; {meaningful:,} are meaningful. {found['rule']}")
@@ -246,8 +247,9 @@ def main(arguments: list[str] | None = None) -> None:
             COMMANDS[chosen.command][1](chosen.cfg)
     except (ValueError, OSError, AssetError) as error:
         sys.exit(f"mxd-lens: {error}")
-    except Interrupted as error:
-        print(f"\nmxd-lens: {error}", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        said = str(error) or "interrupted; the same command goes on with what is not finished"
+        print(f"\nmxd-lens: {said}", file=sys.stderr)
         sys.exit(130)
 
 

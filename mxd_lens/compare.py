@@ -7,17 +7,18 @@ finished before everything is.)
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from sae_lens.constants import RUNNER_CFG_FILENAME
 from sae_lens.saes.sae import SAE
 
 from mxd_lens import plots
 from mxd_lens.data import Text, load_text
 from mxd_lens.faithfulness import Heldout, evaluate, read_heldout
+from mxd_lens.files import read_json, write_json
 from mxd_lens.models import load_model, mlp_hooks
 from mxd_lens.probing import (
     SCORES,
@@ -124,7 +125,7 @@ def compare(cfg: CompareConfig, model: Any = None, dataset: Text | None = None) 
             row = measure(model, sae, run, heldout) | {"dataset": f"{cfg.dataset} (held out)"}
             if labelled is not None:
                 row |= {"probe": cfg.probe, **probe_scores(sae, *labelled)}
-            _results(run).write_text(json.dumps(row, indent=2) + "\n")
+            write_json(_results(run), row)
             finished[key] = row
             write_results(folder, all_rows(folder))
     return [row for row in finished.values() if row]
@@ -149,9 +150,7 @@ def all_rows(folder: Path) -> list[dict[str, Any]]:
             row["seed"],
         )
 
-    return sorted(
-        (json.loads(path.read_text()) for path in folder.glob("*/results.json")), key=place
-    )
+    return sorted((read_json(path) for path in folder.glob("*/results.json")), key=place)
 
 
 def _results(run: TrainConfig) -> Path:
@@ -159,10 +158,10 @@ def _results(run: TrainConfig) -> Path:
 
 
 def _finished_row(run: TrainConfig, probe: str | None) -> dict[str, Any] | None:
-    if not _results(run).exists():
+    row = read_json(_results(run))
+    if row is None:
         return None
     claim_folder(run)
-    row = json.loads(_results(run).read_text())
     return row if probe in (None, row.get("probe")) else None
 
 
@@ -184,7 +183,15 @@ def _labelled(cfg: CompareConfig, model: Any) -> tuple[TextActivations, list[str
         return None
     texts = load_labelled(cfg.probe, n_texts=cfg.n_probe_texts)
     hooks = mlp_hooks(model, cfg.layer)
-    return text_activations(model, texts["text"], hooks, autocast=cfg.autocast), texts["label"]
+    activations = text_activations(
+        model,
+        texts["text"],
+        hooks,
+        context_size=cfg.context_size,
+        lm_batch_size=cfg.lm_batch_size,
+        autocast=cfg.autocast,
+    )
+    return activations, texts["label"]
 
 
 def probe_scores(
@@ -228,7 +235,10 @@ def finished_runs(folder: Path) -> list[TrainConfig]:
     """
     alone = folder / RUNNER_CFG_FILENAME
     paths = [alone] if alone.exists() else sorted(folder.glob(f"*/{RUNNER_CFG_FILENAME}"))
-    runs = [TrainConfig(**json.loads(path.read_text()), output=str(path.parent)) for path in paths]
+    runs = [TrainConfig(**read_json(path), output=str(path.parent)) for path in paths]
+    for run in runs:
+        if run.device.startswith("cuda") and not torch.cuda.is_available():
+            run.device = "cpu"  # trained on another machine
     finished = [run for run in runs if run.layer_path.exists()]
     if runs and not finished:
         raise ValueError(f"what is in {folder} is not finished: run its command again")
@@ -239,8 +249,5 @@ def finished_runs(folder: Path) -> list[TrainConfig]:
 
 def write_results(folder: Path, rows: list[dict[str, Any]], stem: str = "results") -> None:
     """The rows as JSON and as a page with the frontier."""
-    folder.mkdir(parents=True, exist_ok=True)
-    unfinished = folder / f"{stem}.unfinished"
-    unfinished.write_text(json.dumps(rows, indent=2) + "\n")
-    unfinished.replace(folder / f"{stem}.json")
+    write_json(folder / f"{stem}.json", rows)
     plots.write_frontier_page(folder / f"{stem}.html", rows)

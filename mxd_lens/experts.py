@@ -600,7 +600,11 @@ def _logit_change(
     # Every row twice, as it is and raised.
     add = values.new_zeros(2 * len(tokens), len(chosen))
     add[torch.arange(len(tokens)) * 2 + 1, torch.from_numpy(place)] = values
-    remembers = isinstance(model, TransformerBridge) and model.adapter.supports_kv_cache
+    remembers = (
+        isinstance(model, TransformerBridge)
+        and model.adapter.supports_kv_cache
+        and not getattr(model.cfg, "is_stateful", False)
+    )
     with _last_logits(model):
         cached: dict[str, Any] = {}
         if remembers:

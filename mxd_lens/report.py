@@ -20,6 +20,7 @@ from plotly.utils import PlotlyJSONEncoder
 from sae_lens.constants import RUNNER_CFG_FILENAME
 
 from mxd_lens import plots
+from mxd_lens.files import read_json
 from mxd_lens.train import TrainConfig
 
 TEMPLATE = Path(__file__).with_suffix(".html")
@@ -42,11 +43,11 @@ def write_report(run: Path) -> Path:
     name, seed, row = _finished(run)
     this = (name, row["k"], seed)
     parent = run.resolve().parent
-    comparison = _read(parent / "results.json")
+    comparison = read_json(parent / "results.json")
     if not isinstance(comparison, list):
         comparison = []
     beside = _beside(run, row["k"], seed) if comparison else []
-    experts = _read(run / "experts.json")
+    experts = read_json(run / "experts.json")
     steering = _read_all([run, *beside], "steering.json")
     probes = _read_all([run, *beside], "probe.json")
     reads = [row for file in probes for row in file["rows"] if _who(row) == this]
@@ -83,7 +84,9 @@ NO_COMPARISON = (
 
 def _finished(run: Path) -> tuple[str, int, dict[str, Any]]:
     """A run's name, seed and row of faithfulness."""
-    cfg, row = _read(run / RUNNER_CFG_FILENAME), _read(run / "results.json")
+    cfg, row = read_json(run / RUNNER_CFG_FILENAME), read_json(run / "results.json")
+    if (run / "layer").exists() and row is None:
+        raise ValueError(f"{run} has not been measured: run `mxd-lens evaluate --run {run}` first")
     if cfg is None or not isinstance(row, dict):
         raise ValueError(
             f"{run} holds no finished run: name the output folder of `mxd-lens train`, or a "
@@ -96,7 +99,7 @@ def _finished(run: Path) -> tuple[str, int, dict[str, Any]]:
 def _beside(run: Path, k: int | None, seed: int) -> list[Path]:
     """The other runs of a comparison that have the same k and seed."""
     run = run.resolve()
-    rows = {path.parent: _read(path) for path in sorted(run.parent.glob("*/results.json"))}
+    rows = {path.parent: read_json(path) for path in sorted(run.parent.glob("*/results.json"))}
     return [
         folder
         for folder, row in rows.items()
@@ -106,17 +109,7 @@ def _beside(run: Path, k: int | None, seed: int) -> list[Path]:
 
 def _read_all(folders: list[Path], name: str) -> list[Any]:
     """What those of the folders' files say that there are."""
-    return [file for folder in folders if (file := _read(folder / name)) is not None]
-
-
-def _read(path: Path) -> Any:
-    """What a JSON file says; None if there is none."""
-    if not path.exists():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+    return [file for folder in folders if (file := read_json(folder / name)) is not None]
 
 
 # Parts of the page
@@ -142,11 +135,13 @@ def _who(row: dict[str, Any]) -> tuple[str, int | None, int | None]:
 
 def _probes(files: list[dict[str, Any]], k: int | None) -> str:
     """Figures and a table of the F1 of probes of layers with this k, and of the baselines."""
+    # Only what was asked for as in the first file: on the same texts and splits.
+    asked = {data: how for file in reversed(files) for data, how in file["datasets"].items()}
     scores = {
         (row["data"], *_who(row), row["n_features"]): row  # each file has the baselines
         for file in files
         for row in file["summary"]
-        if row["k"] in (None, k)
+        if row["k"] in (None, k) and file["datasets"][row["data"]] == asked[row["data"]]
     }
     if not scores:
         return ""
@@ -172,7 +167,8 @@ def _steering(steered: list[dict[str, Any]]) -> str:
     """A figure of the runs that were steered alike."""
     if not steered:
         return ""
-    settings = {key: steered[0][key] for key in ("prompt", "n_samples", "n_tokens", "temperature")}
+    names = ("prompt", "n_samples", "n_tokens", "temperature", "seed")
+    settings = {key: steered[0][key] for key in names}
     alike = [file for file in steered if settings.items() <= file.items()]
     rows = [row for file in alike for row in file["rows"]]
     text = (

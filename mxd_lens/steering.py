@@ -243,6 +243,7 @@ def generate_steered(
     special = special_tokens(model).to(prompted.device)
     ordinary = (~torch.isin(prompted[0], special)).nonzero()[:, 0].tolist()
     n_prompt = prompted.shape[1]
+    start = len(model.tokenizer.decode(prompted[0]))
     if n_prompt + n_tokens > model.cfg.n_ctx:
         raise ValueError(
             f"n_tokens={n_tokens} after the prompt's {n_prompt}: this model reads {model.cfg.n_ctx}"
@@ -273,7 +274,8 @@ def generate_steered(
                     verbose=False,
                     return_type="tokens",
                 )
-            texts += model.tokenizer.batch_decode(tokens[:, n_prompt:])
+            # With the prompt: by itself, some tokenizers' text would lose its first space.
+            texts += [text[start:] for text in model.tokenizer.batch_decode(tokens)]
             progress.update(len(of_batch))
     return [texts[i : i + n_samples] for i in range(0, len(texts), n_samples)]
 
@@ -370,8 +372,8 @@ def evaluate_steering(
         save: is handed the result so far whenever a strength is finished.
 
     Returns:
-        ``prompt``, ``n_samples``, ``n_tokens``, ``temperature``; ``unsteered``: the scores of
-        samples of the original model; ``rows``, one per expert and strength: ``name``,
+        ``prompt``, ``n_samples``, ``n_tokens``, ``temperature``, ``seed``; ``unsteered``: the
+        scores of samples of the original model; ``rows``, one per expert and strength: ``name``,
         ``expert``, ``strength``, ``amount`` (what was added to the coefficient), the judge's
         scores, and ``samples``.
 
@@ -386,8 +388,9 @@ def evaluate_steering(
         "n_samples": n_samples,
         "n_tokens": n_tokens,
         "temperature": temperature,
+        "seed": seed,
     }
-    different = [key for key in settings if done and done[key] != settings[key]]
+    different = [key for key in settings if done and done.get(key) != settings[key]]
     if different:
         raise ValueError(f"the rows there are were made with other {', '.join(different)}")
     judge = judge or Judge(model, prompt)
@@ -396,9 +399,7 @@ def evaluate_steering(
     unit_amounts = effect_amounts(sae, experts, 1.0, x, y_norm).cpu()
 
     def generate(chosen: list[int], amounts: Tensor) -> list[list[str]]:
-        return generate_steered(
-            model, sae, chosen, amounts, **settings, seed=seed, batch_size=batch_size
-        )
+        return generate_steered(model, sae, chosen, amounts, **settings, batch_size=batch_size)
 
     if done:
         result = {**done, "rows": list(done["rows"])}

@@ -78,7 +78,8 @@ class TestProbe:
         texts = load_labelled(config.data[0], n_texts=40)
         (run,) = [run for run in config.runs() if run.name == "topk"]
         sae = train(run)
-        activations = text_activations(tiny_bridge, texts["text"], [sae.cfg.metadata.hook_name])
+        hooks = [sae.cfg.metadata.hook_name]
+        activations = text_activations(tiny_bridge, texts["text"], hooks, context_size=8)
         expected = probe(pool_layer(sae, activations), texts["label"], n_features=(2,), seed=1)
         found = [
             row
@@ -105,6 +106,18 @@ class TestProbe:
         config.k = 7
         with pytest.raises(ValueError, match="no finished layer with k=7"):
             run_probe(config)
+
+    def test_a_layer_without_k_and_layers_of_several_places(self, config, runs, make_config):
+        (run,) = [run for run in config.runs() if run.name == "topk"]
+        common = {"model": run.model, "dataset": run.dataset}
+        train(make_config(architecture="jumprelu", output=str(runs / "jumprelu"), **common))
+        path = next(path for path in run_probe(config) if path.parent.name == "jumprelu")
+        assert {row["k"] for row in json.loads(path.read_text())["rows"]} == {None}
+        config.k = 3
+        assert {run.name for run in config.runs()} == {"mxd", "topk"}
+        train(make_config(architecture="topk", layer=0, output=str(runs / "below"), **common))
+        with pytest.raises(ValueError, match="several places"):
+            config.runs()
 
     def test_folders_without_finished_runs(self, config, runs, tmp_path):
         config.run = str(runs / "unfinished")
@@ -143,6 +156,26 @@ class TestExperts:
         with pytest.raises(ValueError, match="other options: delete it"):
             run_experts(config)
 
+    def test_samples_that_are_missing_are_made(self, runs, offline, monkeypatch):
+        config = ExpertsConfig(run=str(runs / "mxd"), n_tokens=400, prompt="the cat")
+
+        def interrupt(*_, **__):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr("mxd_lens.analysis.generate_steered", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                run_experts(config)
+        before = json.loads((runs / "mxd" / "experts.json").read_text())
+        monkeypatch.setattr("mxd_lens.analysis.inspect_experts", None)
+        (path,) = run_experts(config)
+        after = json.loads(path.read_text())
+        for expert in after["experts"]:
+            assert expert.pop("sample").startswith("the cat")
+        for expert in before["experts"]:
+            assert expert.pop("sample") is None
+        assert after == before
+
 
 class TestSteer:
     @pytest.fixture
@@ -180,6 +213,11 @@ class TestSteer:
         assert after[:4] == before and [row["strength"] for row in after[4:]] == [1.0, 1.0]
         config.prompt = "a dog"
         with pytest.raises(ValueError, match="other prompt"):
+            run_steer(config)
+
+    def test_nothing_to_steer(self, config):
+        config.strengths = []
+        with pytest.raises(ValueError, match="nothing to do"):
             run_steer(config)
 
     def test_random_units_are_live_and_decided_by_the_seed(self, config, runs):

@@ -120,7 +120,7 @@ def probe_file(name="mxd", k=3, f1=0.5):
         return about | {"n_features": n, "f1": f1}
 
     return {
-        "dataset": {"tiny": {"n_texts": 8, "classes": ["cats", HOSTILE]}},
+        "datasets": {"tiny": {"n_texts": 8, "classes": ["cats", HOSTILE]}},
         "rows": [
             row("cats", [7], 0.75),
             row("cats", [2], 0.5, seed=1),
@@ -147,6 +147,7 @@ def steering_file(name="mxd", prompt="So"):
         "n_samples": 2,
         "n_tokens": 8,
         "temperature": 0.9,
+        "seed": 0,
         "unsteered": {"coherence": 0.25, "perplexity": 10.0},
         "rows": [{"name": name, "expert": 2, **points, "samples": [HOSTILE, "other"]}],
     }
@@ -248,6 +249,15 @@ class TestWhatIsThere:
         assert bars["transcoder"]["y"] == [0.25, 0.5]
         assert bars["neurons"]["y"] == [0.375]
         assert "tinytranscoder300.2500.500" in whole.text  # the table's line
+
+    def test_probes_of_other_texts_are_left_out(self, tmp_path):
+        run = write_comparison(tmp_path)
+        path = tmp_path / "same" / "probe.json"
+        probes = json.loads(path.read_text())
+        probes["datasets"]["tiny"]["n_texts"] = 9
+        path.write_text(json.dumps(probes))
+        bars = figure_with(Page(write_report(run)), "features the probe reads")["data"]
+        assert [bar["name"] for bar in bars] == ["MxD", "neurons"]
 
     def test_a_guess_is_a_line(self, whole):
         layout = figure_with(whole, "features the probe reads")["layout"]
@@ -387,7 +397,8 @@ class TestErrors:
     def test_a_run_that_has_not_been_measured(self, tmp_path):
         run = write_run(tmp_path / "run")
         (run / "results.json").unlink()
-        with pytest.raises(ValueError, match="holds no finished run"):
+        (run / "layer").mkdir()
+        with pytest.raises(ValueError, match="has not been measured: run `mxd-lens evaluate"):
             write_report(run)
 
     def test_a_comparison(self, tmp_path):

@@ -370,7 +370,8 @@ def greedily(lm, n_tokens: int) -> str:
         logits[:, [lm.tokenizer.bos_token_id, lm.tokenizer.eos_token_id]] = -torch.inf
         best = logits.argmax(-1, keepdim=True)
         tokens = torch.cat([tokens, best], dim=-1)
-    return lm.tokenizer.decode(tokens[0, n_prompt:])
+    before = lm.tokenizer.decode(tokens[0, :n_prompt])
+    return lm.tokenizer.decode(tokens[0]).removeprefix(before)
 
 
 def test_each_expert_steers_its_own_samples(writer, layer):
@@ -484,11 +485,12 @@ class TestEvaluation:
     def test_rows(self, evaluate, writer, mxd):
         saved = []
         result = evaluate([0.5, 2.0], name="ours", save=lambda r: saved.append(json.dumps(r)))
-        assert {key: result[key] for key in list(result)[:4]} == {
+        assert {key: result[key] for key in list(result)[:5]} == {
             "prompt": PROMPT,
             "n_samples": 3,
             "n_tokens": 4,
             "temperature": 1.0,
+            "seed": 0,
         }
         assert result["unsteered"].keys() == {"coherence", "perplexity"}
         rows = result["rows"]
