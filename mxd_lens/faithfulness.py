@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mxd_lens.data import Text, activations_store, special_tokens
+from mxd_lens.models import restore_hook_names
 
 Sparse = Float[Tensor, "tokens d_out"]
 Hooks = tuple[str, str]
@@ -74,6 +75,7 @@ def read_heldout(
     Raises:
         ValueError: the text is too short for a single batch.
     """
+    restore_hook_names(model)
     store = activations_store(
         model,
         dataset,
@@ -150,6 +152,7 @@ def evaluate(
     metadata = sae.cfg.metadata
     hooks = hooks_of(sae)
     sae.setup()  # a model that it was attached to has left its own names on the hook points
+    restore_hook_names(model)
     if not isinstance(dataset, Heldout):
         if not metadata.context_size:
             raise ValueError("sae.cfg.metadata must say context_size")

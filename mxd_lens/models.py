@@ -62,3 +62,16 @@ def mlp_hooks(model: Any, layer: int) -> tuple[str, str]:
             "HookedSAETransformer or a TransformerBridge"
         )
     return hook_in, f"blocks.{layer}.hook_mlp_out"
+
+
+def restore_hook_names(model: Any) -> None:
+    """Give the hook points of a bridge their full names again.
+
+    SAELens' `saes` and `run_with_saes` leave the one at which a layer was attached with a short
+    name, and a bridge silently ignores edits at such a hook.
+    """
+    if isinstance(model, TransformerBridge):
+        hooks = model.hook_dict
+        for name, hook in hooks.items():
+            if hook.name not in hooks:
+                hook.name = name

@@ -37,6 +37,7 @@ from tqdm.auto import tqdm
 
 from mxd_lens import assets
 from mxd_lens.data import read, special_tokens
+from mxd_lens.models import restore_hook_names
 from mxd_lens.mxd import MxD
 from mxd_lens.splice import get_mlp
 
@@ -204,6 +205,7 @@ def read_texts(
     Raises:
         ValueError: the model has no such hook.
     """
+    restore_hook_names(model)
     special = special_tokens(model)
     stops = [extract_stop_at_layer_from_tlens_hook_name(hook) for hook in hooks]
     # Texts of one length together: little padding, which goes to the right, where no causal

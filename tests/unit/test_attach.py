@@ -9,6 +9,7 @@ import torch
 from sae_lens.saes.sae import SAE, SAEMetadata
 from torch import Tensor
 
+from mxd_lens.faithfulness import evaluate
 from mxd_lens.mxd import MxD, MxDConfig
 from mxd_lens.splice import splice
 from mxd_lens.transcoder import (
@@ -182,3 +183,13 @@ def test_special_tokens_can_be_left_out(lm, layer, tokens, use_error_term):
     )
     close(found, expected)
     assert (lm.run_with_saes(tokens, saes=[layer]) - found).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("model", ["tiny_bridge"], indirect=True)
+def test_a_model_that_was_attached_to_is_measured_alike(lm, layer, tokens, documents):
+    layer.cfg.metadata.context_size = 8
+    before, _ = evaluate(lm, layer, documents, n_sequences=8, n_tokens=200)
+    lm.run_with_saes(tokens, saes=[layer])
+    after, _ = evaluate(lm, layer, documents, n_sequences=8, n_tokens=200)
+    assert before["ce_zero_ablation"] != before["ce_original"] != before["ce_replaced"]
+    assert after == before
