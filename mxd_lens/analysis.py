@@ -19,7 +19,7 @@ from sae_lens.saes.sae import SAE
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mxd_lens.compare import finished_runs
+from mxd_lens.compare import finished_runs, mlp_activations
 from mxd_lens.data import load_text
 from mxd_lens.embedding import embed
 from mxd_lens.experts import inspect_experts
@@ -34,7 +34,6 @@ from mxd_lens.probing import (
     pool_neurons,
     probe,
     summarise,
-    text_activations,
 )
 from mxd_lens.steering import effect_amounts, evaluate_steering, generate_steered
 from mxd_lens.train import TrainConfig, load_documents
@@ -125,18 +124,10 @@ def run_probe(cfg: ProbeConfig) -> list[Path]:
             label_column=cfg.label_column,
             n_texts=cfg.n_texts,
         )
-        hooks = mlp_hooks(model, some.layer)
-        activations = text_activations(
-            model,
-            texts["text"],
-            hooks,
-            context_size=some.context_size,
-            lm_batch_size=some.lm_batch_size,
-            autocast=some.autocast,
-        )
+        activations = mlp_activations(some, model, texts["text"])
         probed = partial(_probed, labels=texts["label"], n_splits=cfg.n_splits)
         print(f"\n{data}: the MLP's neurons", flush=True)
-        neurons = pool_neurons(model, some.layer, activations, hooks[0])
+        neurons = pool_neurons(model, some.layer, activations, mlp_hooks(model, some.layer)[0])
         nobody = {"data": data, "name": "majority", "k": None, "run_seed": None}
         baselines = probed(nobody, neurons, n_features=[0])
         baselines += probed(nobody | {"name": "neurons"}, neurons)

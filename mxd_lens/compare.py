@@ -182,16 +182,19 @@ def _labelled(cfg: CompareConfig, model: Any) -> tuple[TextActivations, list[str
     if cfg.probe is None:
         return None
     texts = load_labelled(cfg.probe, n_texts=cfg.n_probe_texts)
-    hooks = mlp_hooks(model, cfg.layer)
-    activations = text_activations(
+    return mlp_activations(cfg, model, texts["text"]), texts["label"]
+
+
+def mlp_activations(cfg: RunConfig, model: Any, texts: list[str]) -> TextActivations:
+    """Input and output of the run's MLP on some texts, read as the run reads its own."""
+    return text_activations(
         model,
-        texts["text"],
-        hooks,
+        texts,
+        mlp_hooks(model, cfg.layer),
         context_size=cfg.context_size,
         lm_batch_size=cfg.lm_batch_size,
         autocast=cfg.autocast,
     )
-    return activations, texts["label"]
 
 
 def probe_scores(
