@@ -10,9 +10,10 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from sae_lens.constants import SPARSITY_FILENAME
 from sae_lens.saes.sae import SAE
@@ -35,7 +36,12 @@ from mxd_lens.probing import (
     probe,
     summarise,
 )
-from mxd_lens.steering import effect_amounts, evaluate_steering, generate_steered
+from mxd_lens.steering import (
+    contributions,
+    effect_amounts,
+    evaluate_steering,
+    generate_steered,
+)
 from mxd_lens.train import TrainConfig, load_documents
 
 
@@ -191,10 +197,10 @@ class ExpertsConfig(AnalysisConfig):
     """Text to read, named as for train; by default what the layer was trained on."""
     n_tokens: int = 100_000
     """Tokens to read."""
-    n_effect_contexts: int = 2
-    """Contexts of each expert in which its effect on the next token is measured; 0: not."""
-    sample_strength: float = 1.0
-    """Strength at which each expert is steered for a sample, see `steer`; 0: no samples."""
+    effect_strength: float = 2.0
+    """Strength, see `steer`, at which its effect on the next token is measured; 0: not."""
+    sample_strength: float = 3.0
+    """Strength at which each expert is steered for a sample; 0: no samples."""
     sample_tokens: int = 20
     """Tokens of a sample."""
     prompt: str = "I think that"
@@ -227,8 +233,11 @@ def run_experts(cfg: ExpertsConfig) -> list[Path]:
         print(f"\n{run.name}, k = {run.k}, seed {run.seed}", flush=True)
         model = model or load_model(run.model, run.model_class, run.device)
         sae = SAE.load_from_disk(run.layer_path, device=run.device)
+        x, y_norm = layer_sample(model, sae, run)
+        write = contributions(sae, range(sae.cfg.d_sae), x)
         if not found:
             texts = load_documents(run)[0] if cfg.dataset is None else load_text(cfg.dataset)
+            effect = cfg.effect_strength * y_norm * F.normalize(write, dim=-1)
             found = inspect_experts(
                 model,
                 sae,
@@ -236,7 +245,7 @@ def run_experts(cfg: ExpertsConfig) -> list[Path]:
                 n_tokens=cfg.n_tokens,
                 context_size=run.context_size,
                 lm_batch_size=run.lm_batch_size,
-                n_effect_contexts=cfg.n_effect_contexts,
+                write=effect if cfg.effect_strength else None,
                 autocast=run.autocast,
                 embed=partial(embed, device=run.device),
             )
@@ -248,7 +257,8 @@ def run_experts(cfg: ExpertsConfig) -> list[Path]:
                 model,
                 sae,
                 ids,
-                effect_amounts(sae, ids, cfg.sample_strength, *layer_sample(model, sae, run)),
+                effect_amounts(sae, ids, cfg.sample_strength, x, y_norm, write=write[ids]),
+                write=write[ids],
                 prompt=cfg.prompt,
                 n_tokens=cfg.sample_tokens,
             )
@@ -278,6 +288,9 @@ class SteerConfig(AnalysisConfig):
     """What the samples continue."""
     seed: int = 0
     """Seed of the choice of units and of the samples."""
+    edit: Literal["contribution", "coefficient"] = "contribution"
+    """What an MxD's expert writes: what it writes where it fires, or what raising its coefficient
+    writes at each token. The same for other layers."""
 
 
 def run_steer(cfg: SteerConfig) -> list[Path]:
@@ -298,12 +311,15 @@ def run_steer(cfg: SteerConfig) -> list[Path]:
         units = cfg.experts or random_units(run, cfg.n_experts, cfg.seed)
         if not units or not cfg.strengths:
             raise ValueError(f"nothing to do: units {units} of {path.parent} at {cfg.strengths}")
+        x, y_norm = layer_sample(model, sae, run)
         evaluate_steering(
             model,
             sae,
             units,
             cfg.strengths,
-            *layer_sample(model, sae, run),
+            x,
+            y_norm,
+            write=contributions(sae, units, x) if cfg.edit == "contribution" else None,
             name=run.name,
             prompt=cfg.prompt,
             n_samples=cfg.n_samples,
@@ -352,7 +368,7 @@ def layer_sample(
         load_documents(run)[1],
         context_size=run.context_size,
         device=run.device,
-        n_tokens=4096,
+        n_tokens=16_384,
         autocast=run.autocast,
     )
     x, y = (torch.cat([pair[hook] for pair in heldout.pairs]) for hook in (hook_in, hook_out))

@@ -8,14 +8,14 @@ The texts are read once, and what is kept of that are the firings, 16 bytes each
 fires for the strongest and for weaker times, words that tell those places from the rest of the
 text, whether they are about the same thing, and which experts fire together are read off them.
 From the weights come the rank of an expert's linear map and the experts that resemble it; from
-the language model which tokens an expert makes likelier.
+the language model which tokens an expert makes likelier, and whether these are what it fires
+on: an expert may tell a subject apart without writing about it.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -28,16 +28,16 @@ from jaxtyping import Bool, Float, Int
 from sae_lens.saes.sae import SAE
 from scipy import sparse
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, CountVectorizer
+from sklearn.preprocessing import normalize
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.hook_points import HookPoint
 
 from mxd_lens.data import Text, special_tokens
 from mxd_lens.embedding import coherence, embed
 from mxd_lens.faithfulness import hooks_of
 from mxd_lens.mxd import MxD
 from mxd_lens.probing import read_texts, tokenize
-from mxd_lens.steering import attached, steer
 
 Embed = Callable[[list[str]], Float[Tensor, "texts d"]]
 Ranked = list[list[tuple[int, float]]]
@@ -46,7 +46,8 @@ Ranked = list[list[tuple[int, float]]]
 N_TOP = 10  # top contexts of an expert
 QUANTILES = (0.75, 0.5, 0.25)  # of the coefficient, for weaker contexts
 CHUNK_SIZE = 32  # tokens of a piece of text that is embedded
-EFFECT_SIZE = 16  # tokens of a context in which an effect is measured, BOS included
+PIECE_SIZE = 8  # tokens of a piece of text in which effects are measured, without BOS
+N_AVERAGED = 256  # experts whose effects are averaged
 N_RANDOM_SETS = 2000
 WORD = r"[^\W\d_]{2,}"
 
@@ -59,7 +60,7 @@ def inspect_experts(
     n_tokens: int = 100_000,
     context_size: int = 128,
     lm_batch_size: int = 32,
-    n_effect_contexts: int = 2,
+    write: Float[Tensor, "d_sae d_out"] | None = None,
     autocast: bool = False,
     embed: Embed = embed,
     seed: int = 0,
@@ -73,8 +74,9 @@ def inspect_experts(
         n_tokens: read the first documents that have so many ordinary tokens; all, if fewer.
         context_size: tokens of a document that are read, BOS included.
         lm_batch_size: documents per pass of the language model.
-        n_effect_contexts: top contexts in which an expert's effect is measured, see
-            `logit_effects`, the slowest part. 0: ``promoted`` and ``suppressed`` stay null.
+        write: what each expert is to write to the layer's output when its effect on the next
+            token is measured, see `logit_effects`, the slowest part. None: ``promoted``,
+            ``suppressed`` and ``agreement`` stay null.
         autocast: read the documents in bfloat16 where that is safe. Effects never are.
         embed: sentence embeddings, by whose cosines top contexts are compared.
         seed: of the random sets of contexts that coherent ones are told from.
@@ -93,21 +95,16 @@ def inspect_experts(
           firing in each of up to 10 texts, then up to two at each of `QUANTILES`;
         - ``coherence`` (null with fewer than 10 top contexts), ``same_token``, ``meaningful``:
           see `meaning`;
-        - ``promoted``, ``suppressed``: token strings and changes of their logit, strongest first;
+        - ``promoted``, ``suppressed``: token strings and changes of their logit, strongest first,
+          and ``agreement`` of these changes with its own contexts: see `logit_effects`;
         - ``alike``, ``coactive``: ids and cosine or Jaccard index, see there;
         - ``rank``, ``effective_rank``: see `ranks`; ``sample``: null, for a steered sample.
 
     Raises:
         ValueError: metadata is missing, the model has no such hook, fewer than 10 different
-            documents have an ordinary token, no expert fires, or effects are to be measured in a
-            model that SAELens cannot attach a layer to.
+            documents have an ordinary token, or no expert fires.
     """
     hook_name, hook_name_out = hooks_of(sae)
-    if n_effect_contexts and not hasattr(model, "saes"):
-        raise ValueError(
-            f"cannot attach a layer to a {type(model).__name__} to measure its experts' effects: "
-            "load the model by mxd_lens.load_model, or take n_effect_contexts=0"
-        )
     sae.setup()  # a model that it was attached to has left its own names on the hook points
     corpus = read_corpus(model, texts, n_tokens, context_size)
     firings = read_firings(model, sae, corpus, lm_batch_size=lm_batch_size, autocast=autocast)
@@ -115,16 +112,16 @@ def inspect_experts(
     top = contexts[:, :N_TOP]
     names = name_experts(top, firings, corpus)
     coherences, same_token, meaningful, rule = meaning(top, firings, corpus, embed, seed)
-    promoted = suppressed = [None] * len(firings.live)
-    if n_effect_contexts:
-        promoted, suppressed = logit_effects(
+    promoted = suppressed = agreement = [None] * len(firings.live)
+    if write is not None:
+        promoted, suppressed, agreement = logit_effects(
             model,
-            sae,
-            firings.live,
-            [firings.token[of_expert[of_expert >= 0]] for of_expert in top[:, :n_effect_contexts]],
-            [firings.value[of_expert[of_expert >= 0]] for of_expert in top[:, :n_effect_contexts]],
+            hook_name_out,
+            write[torch.from_numpy(firings.live).to(write.device)],
+            top,
+            firings,
             corpus,
-            batch_size=lm_batch_size,
+            seed=seed,
         )
     near, together = alike(sae, firings.live), coactive(firings, len(corpus.ids))
     rank, effective_rank = ranks(sae)
@@ -162,6 +159,7 @@ def inspect_experts(
             "meaningful": bool(meaningful[row]),
             "promoted": promoted[row],
             "suppressed": suppressed[row],
+            "agreement": agreement[row],
             "alike": [[i, _short(score)] for i, score in near[row]],
             "coactive": [[i, _short(score)] for i, score in together[row]],
             "rank": int(rank[expert]),
@@ -511,122 +509,132 @@ def _random_sets(
 @torch.no_grad()
 def logit_effects(
     model: Any,
-    sae: SAE[Any],
-    experts: Sequence[int] | Int[np.ndarray, "experts"],
-    tokens: Sequence[Int[np.ndarray, "contexts"]],
-    values: Sequence[Float[np.ndarray, "contexts"]],
+    hook_name_out: str,
+    write: Float[Tensor, "live d_out"],
+    top: Int[np.ndarray, "live n"],
+    firings: Firings,
     corpus: Corpus,
     *,
     n: int = 8,
-    batch_size: int = 32,
-) -> tuple[list[list[list[Any]]], list[list[list[Any]]]]:
-    """Which tokens each expert makes likelier to come next, and which unlikelier, where it fires.
+    n_pieces: int = 4,
+    batch_size: int = 64,
+    seed: int = 0,
+) -> tuple[list[list[list[Any]]], list[list[list[Any]]], list[float]]:
+    """Which tokens each expert makes likelier to come next, and whether it fires on such tokens.
 
-    Measured, not read off the weights: an MxD's expert multiplies hidden units that depend on the
-    input, so it has no one direction that it writes. In each context, BOS and up to 15 tokens of
-    which the last is the firing one, the expert's coefficient at that token is raised by `values`
-    and the rest of the model is the original. The change of the next token's logits, less its
-    mean over the vocabulary, is averaged over the expert's contexts.
-
-    The tokens before the firing one are the same either way and are read once, where the model
-    can remember them (a TransformerBridge of most architectures).
+    Measured: what an expert writes is added to the layer's output at every token of some pieces
+    of the corpus, the same for all experts, but for BOS. The change of the next token's logits,
+    less its mean over the vocabulary and less what experts change on average, is averaged over
+    the pieces. (Raising coefficients in the experts' own contexts instead says little, of
+    transcoders' units as of MxDs': there, the next token completes a word or follows from what
+    has been said.)
 
     Args:
-        experts: their ids.
-        tokens: of each, tokens of the corpus where it fires, at least one.
-        values: how far its coefficient is raised there.
+        hook_name_out: where in the model the layer writes.
+        write: what is added for each expert that fires. What an MxD's expert writes depends on
+            the token: see `mxd_lens.steering.contributions`.
+        top: firings that are the experts' top contexts; -1: none.
         n: tokens wanted.
-        batch_size: experts per pass of the language model.
+        n_pieces: pieces of text, of BOS and `PIECE_SIZE` tokens (fewer, if no text is as long).
+        batch_size: rows per pass of the language model.
+        seed: of the choice of pieces, and of experts for the average.
 
     Returns:
         For each expert ``[token string, change]`` of the n largest changes, and the n smallest.
+        And the agreement, between 0 and 1: for which share of the other experts' contexts the
+        correlation of the change with how typical a token is of them, see `_typical_tokens`, is
+        lower than for its own. One half is chance.
     """
-    read = [[_before(corpus, token) for token in of_expert] for of_expert in tokens]
-    # Contexts of one length share a pass of the model: experts with such contexts go together.
-    order = sorted(range(len(experts)), key=lambda i: [len(ids) for ids in read[i]], reverse=True)
-    promoted: list[Any] = [None] * len(experts)
-    suppressed: list[Any] = [None] * len(experts)
-    with tqdm(desc="Effects on logits", total=len(experts), unit="expert") as progress:
-        for first in range(0, len(order), batch_size):
-            batch = order[first : first + batch_size]
-            change: Any = 0.0  # [experts of the batch, d_vocab]
-            for length in {len(ids) for i in batch for ids in read[i]}:
-                place, ids, value = zip(
-                    *(
-                        (place, ids, value)
-                        for place, i in enumerate(batch)
-                        for ids, value in zip(read[i], values[i], strict=True)
-                        if len(ids) == length
-                    ),
-                    strict=True,
-                )
-                of_rows = _logit_change(
-                    model,
-                    sae,
-                    torch.tensor(ids, device=model.cfg.device),
-                    [int(experts[batch[j]]) for j in place],
-                    torch.tensor(value, dtype=torch.float32, device=model.cfg.device),
-                )
-                sums = of_rows.new_zeros(len(batch), of_rows.shape[-1])
-                change = change + sums.index_add_(0, torch.tensor(place).to(sums.device), of_rows)
-            change /= torch.tensor([len(read[i]) for i in batch]).to(change)[:, None]
-            change -= change.mean(-1, keepdim=True)
+    rng = np.random.default_rng(seed)
+    bos = int(corpus.tokens[0][0])
+    place = np.arange(len(corpus.ids)) - corpus.starts[corpus.text]
+    size = min(PIECE_SIZE, place.max() + 1)
+    last = np.flatnonzero(place >= size - 1)
+    last = rng.choice(last, min(n_pieces, len(last)), replace=False)
+    pieces = [[bos, *corpus.ids[i + 1 - size : i + 1].tolist()] for i in last]
+    tokens = torch.tensor(pieces, device=model.cfg.device)
+    unedited = _last_logits(model, tokens).mean(0)
+
+    def change(vectors: Float[Tensor, "part d_out"]) -> Float[Tensor, "part d_vocab"]:
+        rows = vectors.to(tokens.device).repeat_interleave(len(tokens), 0)
+
+        def add(acts: Float[Tensor, "batch pos d_out"], hook: HookPoint) -> Tensor:
+            return torch.cat([acts[:, :1], acts[:, 1:] + rows[:, None].to(acts)], dim=1)
+
+        logits = _last_logits(model, tokens.repeat(len(vectors), 1), [(hook_name_out, add)])
+        of_part = logits.unflatten(0, (len(vectors), -1)).mean(1) - unedited
+        return of_part - of_part.mean(-1, keepdim=True)
+
+    n_rows = max(1, batch_size // len(tokens))
+    some = torch.from_numpy(rng.permutation(len(write))[:N_AVERAGED]).to(write.device)
+    of_some = torch.cat([change(part) for part in write[some].split(n_rows)])
+    usual, spread = of_some.mean(0), of_some.std(0, correction=0)
+    spread = spread.clamp(min=spread.mean())  # no token counts for hardly ever changing
+
+    def scores(of_part: Float[Tensor, "part d_vocab"]) -> Float[np.ndarray, "part live"]:
+        typical_of = typical @ F.normalize((of_part - usual) / spread, dim=-1).cpu().numpy().T
+        return np.asarray(typical_of.T)
+
+    typical = _typical_tokens(top, firings, corpus, len(usual))
+    usual_scores = scores(of_some).mean(0)
+    promoted: list[Any] = []
+    suppressed: list[Any] = []
+    agreement: list[float] = []
+    with tqdm(desc="Effects on logits", total=len(write), unit="expert") as progress:
+        for part in write.split(n_rows):
+            of_part = change(part)
             for found, largest in ((promoted, True), (suppressed, False)):
-                best, best_ids = change.topk(n, dim=-1, largest=largest)
-                strings = token_strings(model.tokenizer, best_ids.flatten().tolist())
-                scores = map(_short, best.flatten().tolist())
-                pairs = [list(pair) for pair in zip(strings, scores, strict=True)]
-                for j, i in enumerate(batch):
-                    found[i] = pairs[j * n : (j + 1) * n]
-            progress.update(len(batch))
-    return promoted, suppressed
+                best, ids = (of_part - usual).topk(n, dim=-1, largest=largest)
+                strings = token_strings(model.tokenizer, ids.flatten().tolist())
+                pairs = [[*pair] for pair in zip(strings, map(_short, best.flatten()), strict=True)]
+                found += [pairs[i : i + n] for i in range(0, len(pairs), n)]
+            score = scores(of_part) - usual_scores
+            own = score[range(len(part)), range(len(agreement), len(agreement) + len(part))]
+            lower = (score < own[:, None]).sum(1) / max(1, len(write) - 1)
+            agreement += map(_short, lower)
+            progress.update(len(part))
+    return promoted, suppressed, agreement
 
 
-def _before(corpus: Corpus, token: int) -> list[int]:
-    """BOS, and up to 15 tokens of a text the last of which is this one."""
-    start = max(corpus.starts[corpus.text[token]], token - EFFECT_SIZE + 2)
-    return [int(corpus.tokens[0][0]), *corpus.ids[start : token + 1].tolist()]
+def _typical_tokens(
+    top: Int[np.ndarray, "live n"], firings: Firings, corpus: Corpus, d_vocab: int
+) -> Any:
+    """How typical tokens are of experts' top contexts: a sparse array [live, d_vocab].
+
+    A token that is in c of an expert's contexts (12 tokens on both sides of the firing one) where
+    E are expected, by its frequency in the corpus, scores ``c log(c / E)``, where that is positive
+    and c at least two. Rows have unit norm, or are zero.
+    """
+    row, token = [], []
+    for expert, place in zip(*np.nonzero(top >= 0), strict=True):
+        start, end = corpus.around(int(firings.token[top[expert, place]]), 12)
+        found = np.unique(corpus.ids[start:end])
+        row.append(np.full(len(found), expert))
+        token.append(found)
+    size = sum(map(len, token)) / max(1, len(token))
+    ones = np.ones(sum(map(len, token)), np.float32)
+    shape = (len(top), d_vocab)
+    count = sparse.coo_array((ones, (np.concatenate(row), np.concatenate(token))), shape=shape)
+    count.sum_duplicates()
+    frequency = np.bincount(corpus.ids, minlength=d_vocab) / len(corpus.ids)
+    expected = (top >= 0).sum(1)[count.row] * (1 - np.exp(-size * frequency[count.col]))
+    score = np.where(count.data > 1, count.data * np.log(count.data / expected), 0)
+    typical = sparse.csr_array((score.clip(min=0), (count.row, count.col)), shape=shape)
+    unit: Any = normalize(typical)
+    return unit.astype(np.float32)
 
 
-def _logit_change(
-    model: Any,
-    sae: SAE[Any],
-    tokens: Int[Tensor, "rows pos"],
-    experts: Sequence[int],
-    values: Float[Tensor, "rows"],
+def _last_logits(
+    model: Any, tokens: Int[Tensor, "rows pos"], hooks: Sequence[Any] = ()
 ) -> Float[Tensor, "rows d_vocab"]:
-    """What raising one expert of each row at the last token changes in its logits there."""
-    chosen, place = np.unique(experts, return_inverse=True)
-    # Every row twice, as it is and raised.
-    add = values.new_zeros(2 * len(tokens), len(chosen))
-    add[torch.arange(len(tokens)) * 2 + 1, torch.from_numpy(place)] = values
-    remembers = (
-        isinstance(model, TransformerBridge)
-        and model.adapter.supports_kv_cache
-        and not getattr(model.cfg, "is_stateful", False)
-    )
-    with _last_logits(model):
-        cached: dict[str, Any] = {}
-        if remembers:
-            _, cache = model(tokens[:, :-1], use_cache=True, return_type="logits_and_cache")
-            cache.batch_repeat_interleave(2)
-            cached = {"past_key_values": cache, "use_cache": True}
-            tokens = tokens[:, -1:]
-        with attached(model, sae), steer(model, sae, chosen.tolist(), add=add, positions=[-1]):
-            logits = model(tokens.repeat_interleave(2, 0), **cached)[:, -1].float()
-    return logits[1::2] - logits[::2]
-
-
-@contextmanager
-def _last_logits(model: Any) -> Iterator[None]:
-    """The model computes the last token's logits only."""
+    """The last token's logits; the others are not computed."""
 
     def last(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return args[0][:, -1:], *args[1:]
 
     handle = model.unembed.register_forward_pre_hook(last)
     try:
-        yield
+        return model.run_with_hooks(tokens, fwd_hooks=list(hooks))[:, -1].float()
     finally:
         handle.remove()
 

@@ -7,6 +7,9 @@ samples are judged by how coherent they are among each other and how fluent to t
     amounts = effect_amounts(sae, experts, 1.0, x, y_norm)
     generate_steered(model, sae, experts, amounts)
     evaluate_steering(model, sae, experts, [0.5, 1, 2], x, y_norm)
+
+What an MxD's expert then writes depends on the token: it scales what the hidden units say there.
+``write=contributions(sae, experts, x)`` steers with what it writes where it fires, on any text.
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ from mxd_lens.mxd import MxD
 Amount = float | Float[Tensor, "n_experts"] | Float[Tensor, "batch n_experts"]
 Scores = dict[str, float]
 
+_N_FIRING = 32  # tokens over which what an MxD's expert writes is averaged
 _N_UNSTEERED = 16  # sets of unsteered samples, over which their scores are averaged
 
 
@@ -49,6 +53,7 @@ def steer(
     scale: Amount | None = None,
     clamp: Amount | None = None,
     ablate: bool = False,
+    write: Float[Tensor, "n_experts d_out"] | None = None,
     positions: Sequence[int] | None = None,
 ) -> Iterator[None]:
     """Edit the coefficients of some experts in whatever the model computes within the block::
@@ -68,13 +73,16 @@ def steer(
         add, scale, clamp, ablate: one of these: what is added to a coefficient, what it is
             multiplied by, what it is set to, or whether it is set to zero. Amounts are one for
             all, [n_experts], or [batch, n_experts]: each row of the batch its own.
+        write: for ``add``: what a coefficient of 1 is to write to the layer's output at every
+            token, such as `contributions`, instead of what it would write there.
         positions: which tokens of the sequence, padding and what a key-value cache holds counted
             in; all by default. Negative ones count from the end of what the current forward pass
             reads: during cached generation, -1 is the prompt's last token, then each new one.
 
     Raises:
-        ValueError: none or several of the edits, an expert that does not exist or is there twice,
-            amounts of another shape, or a layer that is not in place in the model.
+        ValueError: none or several of the edits, ``write`` with another than ``add``, an expert
+            that does not exist or is there twice, amounts or ``write`` of another shape, or a
+            layer that is not in place in the model.
     """
     edits = {"add": add, "scale": scale, "clamp": clamp, "ablate": 0.0 if ablate else None}
     chosen = {name: amount for name, amount in edits.items() if amount is not None}
@@ -84,6 +92,11 @@ def steer(
         )
     ((edit, amount),) = chosen.items()
     units = _check_experts(sae, experts)
+    if write is not None and (add is None or len(write) != len(units)):
+        raise ValueError(
+            f"write is one row for each of the {len(units)} experts, and goes with add: got "
+            f"{len(write)} rows, with {edit}"
+        )
     amounts = torch.as_tensor(amount)
     if amounts.ndim > 2 or (amounts.ndim and amounts.shape[-1] != len(units)):
         raise ValueError(
@@ -97,19 +110,22 @@ def steer(
         nonlocal n_past
         n_past = _n_cached((*args, *kwargs.values()), layer)
 
-    def apply(hook: Any, args: Any, acts: Float[Tensor, "batch pos d_sae"]) -> Tensor:
+    def apply(hook: Any, args: Any, acts: Float[Tensor, "batch pos d"]) -> Tensor:
         if amounts.ndim == 2 and len(amounts) != len(acts):
             raise ValueError(
                 f"{edit} has {len(amounts)} rows, the batch that the model reads {len(acts)}"
             )
         by = amounts.to(acts)
         by = by[:, None] if by.ndim == 2 else by
-        where: tuple[Any, ...] = (..., units.to(acts.device))
+        columns: Any = units.to(acts.device)
+        if write is not None:
+            by, columns = by.expand(*by.shape[:-1], len(units)) @ write.to(acts), slice(None)
+        where: tuple[Any, ...] = (..., columns)
         if positions is not None:
             n = acts.shape[-2]
             here = [n + p if p < 0 else p - n_past for p in positions]
-            rows = torch.tensor([p for p in here if 0 <= p < n], dtype=torch.long)
-            where = (..., rows.to(acts.device)[:, None], units.to(acts.device))
+            rows = torch.tensor([p for p in here if 0 <= p < n], dtype=torch.long).to(acts.device)
+            where = (..., rows, columns) if write is not None else (..., rows[:, None], columns)
         acts = acts.clone()
         if edit == "add":
             acts[where] = acts[where] + by
@@ -125,7 +141,8 @@ def steer(
             block = model.blocks[layer]
             handle = block.register_forward_pre_hook(read_n_past, with_kwargs=True)
             hooks.callback(handle.remove)
-        hooks.callback(sae.hook_sae_acts_post.register_forward_hook(apply).remove)
+        edited = sae.hook_sae_acts_post if write is None else sae.hook_sae_recons
+        hooks.callback(edited.register_forward_hook(apply).remove)
         yield
 
 
@@ -167,12 +184,45 @@ def _n_cached(inputs: Sequence[Any], layer: int) -> int:
 
 
 @torch.no_grad()
+def contributions(
+    sae: SAE[Any], experts: Sequence[int], x: Float[Tensor, "tokens d_in"]
+) -> Float[Tensor, "n_experts d_out"]:
+    """What a coefficient of 1 writes to the layer's output, where the expert fires.
+
+    ``W_dec[n]`` for a transcoder or an SAE. What an MxD's expert writes, ``W_dec[n] * (z W_out)``,
+    depends on the token: its mean over the 32 tokens of x with the largest gate of that expert.
+
+    Args:
+        x: a sample of the layer's inputs, of ordinary tokens.
+
+    Raises:
+        ValueError: an expert that does not exist.
+    """
+    units = _check_experts(sae, experts).to(sae.device)
+    W_dec = sae.W_dec[units]
+    if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
+        return torch.nn.functional.normalize(W_dec, dim=-1)
+    if not isinstance(sae, MxD):
+        return W_dec.clone()
+    x = x.to(W_dec)
+    shared = torch.cat([sae.hidden(part) @ sae.W_out for part in x.split(1024)])
+    n = min(_N_FIRING, len(x))
+    written = [
+        row * shared[(x @ sae.W_enc[:, part]).topk(n, dim=0).indices].mean(0)
+        for row, part in zip(W_dec.split(256), units.split(256), strict=True)
+    ]
+    return torch.cat(written)
+
+
+@torch.no_grad()
 def effect_amounts(
     sae: SAE[Any],
     experts: Sequence[int],
     strength: float,
     x: Float[Tensor, "tokens d_in"],
     y_norm: float,
+    *,
+    write: Float[Tensor, "n_experts d_out"] | None = None,
 ) -> Float[Tensor, "n_experts"]:
     """What to add to each expert's coefficient for an effect of this strength.
 
@@ -183,21 +233,21 @@ def effect_amounts(
         strength: mean norm of the change at the layer's output, over y_norm.
         x: a sample of the layer's inputs, of ordinary tokens.
         y_norm: mean norm of the MLP's output.
+        write: what adding 1 changes, where it is to be that, see `steer`.
 
     Raises:
         ValueError: an expert that does not exist, or has no effect at all.
     """
-    W_dec = sae.W_dec[_check_experts(sae, experts).to(sae.device)]
-    if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
-        W_dec = torch.nn.functional.normalize(W_dec, dim=-1)
-    if isinstance(sae, MxD):
+    units = _check_experts(sae, experts).to(sae.device)
+    if write is None and isinstance(sae, MxD):
+        W_dec = sae.W_dec[units]
         total = W_dec.new_zeros(len(W_dec))
         for tokens in x.to(W_dec).split(1024):
             scale = sae.hidden(tokens) @ sae.W_out  # [tokens, d_out]
             total += (scale.square() @ W_dec.square().T).sqrt().sum(0)
         norms = total / len(x)
     else:
-        norms = W_dec.norm(dim=-1)
+        norms = (contributions(sae, experts, x) if write is None else write).norm(dim=-1)
     for expert, norm in zip(experts, norms.tolist(), strict=True):
         if not norm > 0:
             raise ValueError(f"expert {expert} has no effect on the output: its norm is {norm}")
@@ -211,6 +261,7 @@ def generate_steered(
     experts: Sequence[int],
     amounts: Float[Tensor, "n_experts"],
     *,
+    write: Float[Tensor, "n_experts d_out"] | None = None,
     prompt: str = "I think that",
     n_samples: int = 1,
     n_tokens: int = 32,
@@ -226,6 +277,7 @@ def generate_steered(
     Args:
         model: a HookedSAETransformer or SAETransformerBridge, the layer not in place.
         amounts: added to the expert's coefficient at every other token of prompt and samples.
+        write: what that writes to the layer's output, see `steer`.
         n_samples: samples per expert.
         n_tokens: tokens of a sample.
         temperature: of sampling; 0 takes the best token.
@@ -249,8 +301,9 @@ def generate_steered(
             f"n_tokens={n_tokens} after the prompt's {n_prompt}: this model reads {model.cfg.n_ctx}"
         )
     positions = [*ordinary, *range(n_prompt, n_prompt + n_tokens)]
-    of_row = _check_experts(sae, experts).repeat_interleave(n_samples)
-    by_row = amounts.repeat_interleave(n_samples)
+    ids = _check_experts(sae, experts)
+    of_row = torch.arange(len(ids)).repeat_interleave(n_samples)
+    by_row = amounts.cpu().repeat_interleave(n_samples)
 
     def forbid_special(unembed: Any, args: Any, logits: Tensor) -> Tensor:
         return logits.index_fill(-1, special.to(logits.device), -torch.inf)
@@ -262,10 +315,12 @@ def generate_steered(
         context.callback(model.unembed.register_forward_hook(forbid_special).remove)
         progress = context.enter_context(tqdm(total=len(of_row), desc="Generating"))
         for of_batch, by in zip(of_row.split(batch_size), by_row.split(batch_size), strict=True):
-            units, unit = of_batch.unique(return_inverse=True)
-            add = by.new_zeros(len(of_batch), len(units))
-            add[torch.arange(len(of_batch)), unit] = by
-            with steer(model, sae, units.tolist(), add=add, positions=positions):
+            places, place = of_batch.unique(return_inverse=True)
+            add = by.new_zeros(len(of_batch), len(places))
+            add[torch.arange(len(of_batch)), place] = by
+            written = None if write is None else write[places.to(write.device)]
+            units = ids[places].tolist()
+            with steer(model, sae, units, add=add, write=written, positions=positions):
                 tokens = model.generate(
                     prompted.expand(len(of_batch), -1),
                     max_new_tokens=n_tokens,
@@ -349,6 +404,7 @@ def evaluate_steering(
     x: Float[Tensor, "tokens d_in"],
     y_norm: float,
     *,
+    write: Float[Tensor, "n_experts d_out"] | None = None,
     name: str | None = None,
     prompt: str = "I think that",
     n_samples: int = 8,
@@ -363,7 +419,7 @@ def evaluate_steering(
     """Steer each expert at each strength, and judge what the model writes.
 
     Args:
-        model, sae, prompt, n_samples, n_tokens, temperature, seed, batch_size: as in
+        model, sae, write, prompt, n_samples, n_tokens, temperature, seed, batch_size: as in
             `generate_steered`.
         strengths, x, y_norm: as in `effect_amounts`.
         name: the layer's, in the rows; its architecture by default.
@@ -372,7 +428,8 @@ def evaluate_steering(
         save: is handed the result so far whenever a strength is finished.
 
     Returns:
-        ``prompt``, ``n_samples``, ``n_tokens``, ``temperature``, ``seed``; ``unsteered``: the
+        ``edit`` (``"coefficient"``, or ``"contribution"`` with ``write``), ``prompt``,
+        ``n_samples``, ``n_tokens``, ``temperature``, ``seed``; ``unsteered``: the
         scores of samples of the original model; ``rows``, one per expert and strength: ``name``,
         ``expert``, ``strength``, ``amount`` (what was added to the coefficient), the judge's
         scores, and ``samples``.
@@ -390,35 +447,44 @@ def evaluate_steering(
         "temperature": temperature,
         "seed": seed,
     }
-    different = [key for key in settings if done and done.get(key) != settings[key]]
+    said = {"edit": "coefficient" if write is None else "contribution", **settings}
+    different = [key for key in said if done and done.get(key) != said[key]]
     if different:
         raise ValueError(f"the rows there are were made with other {', '.join(different)}")
     judge = judge or Judge(model, prompt)
     name = name or sae.cfg.architecture()
     experts = list(experts)
-    unit_amounts = effect_amounts(sae, experts, 1.0, x, y_norm).cpu()
+    unit_amounts = effect_amounts(sae, experts, 1.0, x, y_norm, write=write).cpu()
 
-    def generate(chosen: list[int], amounts: Tensor) -> list[list[str]]:
-        return generate_steered(model, sae, chosen, amounts, **settings, batch_size=batch_size)
+    def generate(places: list[int], amounts: Tensor) -> list[list[str]]:
+        return generate_steered(
+            model,
+            sae,
+            [experts[i] for i in places],
+            amounts,
+            write=None if write is None else write[places],
+            **settings,
+            batch_size=batch_size,
+        )
 
     if done:
         result = {**done, "rows": list(done["rows"])}
     else:
-        some = experts[:_N_UNSTEERED]
-        scores = [judge(samples) for samples in generate(some, torch.zeros(len(some)))]
+        some = range(min(len(experts), _N_UNSTEERED))
+        scores = [judge(samples) for samples in generate([*some], torch.zeros(len(some)))]
         means = {key: sum(score[key] for score in scores) / len(scores) for key in scores[0]}
-        result = {**settings, "unsteered": means, "rows": []}
+        result = {**said, "unsteered": means, "rows": []}
     made = {(row["name"], row["expert"], row["strength"]) for row in result["rows"]}
     for strength in strengths:
         missing = [i for i, e in enumerate(experts) if (name, e, strength) not in made]
         if not missing:
             continue
-        chosen, amounts = [experts[i] for i in missing], strength * unit_amounts[missing]
-        texts = generate(chosen, amounts)
-        for expert, amount, samples in zip(
-            tqdm(chosen, desc="Judging"), amounts.tolist(), texts, strict=True
+        amounts = strength * unit_amounts[missing]
+        texts = generate(missing, amounts)
+        for i, amount, samples in zip(
+            tqdm(missing, desc="Judging"), amounts.tolist(), texts, strict=True
         ):
-            row = {"name": name, "expert": expert, "strength": strength, "amount": amount}
+            row = {"name": name, "expert": experts[i], "strength": strength, "amount": amount}
             result["rows"].append({**row, **judge(samples), "samples": samples})
         if save is not None:
             save(result)

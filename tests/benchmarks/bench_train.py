@@ -2,7 +2,7 @@
 
     make bench-train [DEVICE=cuda]
 
-One run of 50 steps of 2,048 tokens in bfloat16, every part timed as it is called.
+One run of 200 steps of 2,048 tokens in bfloat16, every part timed as it is called.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def main() -> None:
             layer=6,
             dataset="demo:wikipedia",
             output=folder,
-            training_tokens=50 * 2048,
+            training_tokens=200 * 2048,
             autocast=True,
             device=DEVICE,
         )

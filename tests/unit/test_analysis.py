@@ -145,7 +145,7 @@ class TestExperts:
 
     def test_what_is_there_is_kept(self, runs, offline, monkeypatch):
         config = ExpertsConfig(
-            run=str(runs / "mxd"), n_tokens=400, n_effect_contexts=0, sample_strength=0
+            run=str(runs / "mxd"), n_tokens=400, effect_strength=0, sample_strength=0
         )
         (path,) = run_experts(config)
         found = path.read_text()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import re
 
@@ -17,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from mxd_lens.experts import (
     Corpus,
     Firings,
+    _typical_tokens,
     alike,
     coactive,
     inspect_experts,
@@ -99,7 +101,7 @@ def test_report_agrees_with_dense_coefficients(model, kind, documents):
     sae = make_layer(kind, model.out)
     texts = documents["text"][:60]
     options = {"context_size": N_CTX, "lm_batch_size": 7, "embed": bag_of_words}
-    report = inspect_experts(model, sae, texts, n_effect_contexts=0, **options)
+    report = inspect_experts(model, sae, texts, **options)
     json.dumps(report, allow_nan=False)
     ids, acts = zip(*dense(model, sae, texts), strict=True)
     every = np.concatenate(acts)
@@ -315,95 +317,113 @@ def test_names_are_words_the_contexts_have_and_the_rest_has_not(tiny_bridge):
 # Effects
 
 
-def manual_effect(model, sae, expert, contexts):
-    """From plain hooks: two passes for each (tokens, value)."""
-    metadata, changes = sae.cfg.metadata, []
-    for tokens, value in contexts:
-        seen = {}
-
-        def read(x, hook, seen=seen):
-            seen["x"] = x
-
-        def write(y, hook, seen=seen, value=value):
-            def raised(acts, hook):
-                acts = acts.clone()
-                acts[:, -1, expert] += value
-                return acts
-
-            x = seen.get("x", y)
-            edited = sae.run_with_hooks(x, fwd_hooks=[("hook_sae_acts_post", raised)])
-            return y + edited - sae(x)
-
-        hooks = [(metadata.hook_name_out, write)]
-        if metadata.hook_name != metadata.hook_name_out:
-            hooks.insert(0, (metadata.hook_name, read))
-        tokens = torch.tensor(tokens)[None]
-        with torch.no_grad():
-            changes.append((model.run_with_hooks(tokens, fwd_hooks=hooks) - model(tokens))[0, -1])
-    change = torch.stack(changes).mean(0)
-    return change - change.mean()
+def short_texts(documents, n_pieces):
+    """Texts of up to 7 words, and n_pieces of 8, which are those that effects are measured in."""
+    texts = [" ".join(text.split()[: 3 + i % 5]) for i, text in enumerate(documents["text"][:60])]
+    return [*dict.fromkeys(texts), *(" ".join(WORDS[i : i + 8]) for i in range(n_pieces))]
 
 
-def test_promoted_tokens_are_those_of_two_plain_passes(model, kind, documents):
-    sae = make_layer(kind, model.out)
-    # Short documents, so that contexts are of several lengths.
-    texts = [" ".join(t.split()[: 3 + i % 20]) for i, t in enumerate(documents["text"][:60])]
-    corpus = read_corpus(model, texts, 10**6, 30)
+@torch.no_grad()
+def manual_changes(model, write, pieces):
+    """[experts, d_vocab], one pass of the model for each expert and piece."""
+    changes = []
+    for row in write:
+        hooks = [(model.out, lambda y, hook, row=row: torch.cat([y[:, :1], y[:, 1:] + row], 1))]
+        of_row = [
+            (model.run_with_hooks(tokens[None], fwd_hooks=hooks) - model(tokens[None]))[0, -1]
+            for tokens in pieces
+        ]
+        changes.append(torch.stack(of_row).mean(0))
+    changes = torch.stack(changes)
+    return changes - changes.mean(-1, keepdim=True)
+
+
+def manual_agreement(changes, top, firings, corpus):
+    """Of each expert, by loops over contexts and tokens."""
+    frequency = np.bincount(corpus.ids, minlength=changes.shape[1]) / len(corpus.ids)
+    windows = []
+    for of_expert in top:
+        where = [corpus.around(int(firings.token[i]), 12) for i in of_expert if i >= 0]
+        windows.append([{*corpus.ids[start:end].tolist()} for start, end in where])
+    size = np.mean([len(window) for of_expert in windows for window in of_expert])
+    typical = np.zeros(changes.shape)
+    for expert, of_expert in enumerate(windows):
+        for token in set.union(*of_expert):
+            c = sum(token in window for window in of_expert)
+            expected = len(of_expert) * (1 - math.exp(-size * frequency[token]))
+            if c > 1:
+                typical[expert, token] = max(0.0, c * math.log(c / expected))
+    changes = changes.double().numpy()
+    spread = changes.std(0)
+    changes = (changes - changes.mean(0)) / np.maximum(spread, spread.mean())
+    scores = np.zeros((len(changes), len(changes)))
+    for i, change in enumerate(changes):
+        for j, of_other in enumerate(typical):
+            norm = np.linalg.norm(change) * np.linalg.norm(of_other)
+            scores[i, j] = change @ of_other / norm if norm else 0.0
+    scores -= scores.mean(0)
+    return [(row < row[i]).sum() / (len(row) - 1) for i, row in enumerate(scores)]
+
+
+def test_promoted_tokens_are_those_of_plain_passes(model, documents):
+    sae = make_layer("mxd", model.out)
+    corpus = read_corpus(model, short_texts(documents, 3), 10**6, 30)
     firings = read_firings(model, sae, corpus)
-    contexts = pick_contexts(firings, corpus)[0][:9, :2]
-    contexts = [of_expert[of_expert >= 0] for of_expert in contexts]
-    plain = []
-    for expert, of_expert in zip(firings.live, contexts, strict=False):
-        read = []
-        for i in of_expert:
-            token = firings.token[i]
-            start = corpus.starts[corpus.text[token]]
-            read.append(([BOS, *corpus.ids[start : token + 1][-15:].tolist()], firings.value[i]))
-        plain.append(manual_effect(model, sae, expert, read))
-        lengths = {len(tokens) for tokens, _ in read}
-        assert max(lengths) <= 16
+    top = pick_contexts(firings, corpus)[0][:, :10]
+    write = torch.randn(len(top), D_MODEL)
     before = model(torch.tensor([[BOS, 5, 6, 7]]))
-    promoted, suppressed = logit_effects(
-        model,
-        sae,
-        firings.live[: len(contexts)],
-        [firings.token[of_expert] for of_expert in contexts],
-        [firings.value[of_expert] for of_expert in contexts],
-        corpus,
-        n=5,
-        batch_size=4,
+    promoted, suppressed, agreement = logit_effects(
+        model, model.out, write, top, firings, corpus, n=5, n_pieces=3, batch_size=8
     )
+    pieces = [torch.from_numpy(np.r_[BOS, ids]) for ids in np.split(corpus.ids[-24:], 3)]
+    changes = manual_changes(model, write, pieces)
     strings = token_strings(model.tokenizer, range(N_VOCAB))
-    for expected, most, least in zip(plain, promoted, suppressed, strict=True):
+    close = {"rel": 2e-3, "abs": 1e-4}
+    for expected, most, least in zip(changes - changes.mean(0), promoted, suppressed, strict=True):
         assert expected.abs().max() > 0.01
-        close = {"rel": 2e-3, "abs": 1e-4}
         assert [x for _, x in most] == pytest.approx(expected.topk(5)[0].tolist(), **close)
         assert [x for _, x in least] == pytest.approx((-(-expected).topk(5)[0]).tolist(), **close)
         for string, change in most + least:
             if strings.count(string) > 1:  # the model knows more ids than the tokenizer
                 continue
             assert change == pytest.approx(expected[strings.index(string)].item(), **close)
+    assert agreement == pytest.approx(manual_agreement(changes, top, firings, corpus), abs=0.051)
+    assert 0.2 < np.mean(agreement) < 0.8
     # The model is as it was: the same logits, and hooks that work.
     tokens = torch.tensor([[BOS, 5, 6, 7]])
     torch.testing.assert_close(model(tokens), before)
     edited = model.run_with_hooks(tokens, fwd_hooks=[(model.out, lambda y, hook: y * 0)])
     assert (edited - before).abs().max() > 0.01
-    assert not model.acts_to_saes and not sae.hook_sae_acts_post._forward_hooks
+
+
+def test_experts_that_write_what_they_fire_on_agree(tiny_bridge, documents):
+    """Written is what raises the tokens that are typical of the expert's own contexts."""
+    sae = make_layer("mxd")
+    corpus = read_corpus(tiny_bridge, short_texts(documents, 3), 10**6, 30)
+    firings = read_firings(tiny_bridge, sae, corpus)
+    top = pick_contexts(firings, corpus)[0][:, :10]
+    typical = _typical_tokens(top, firings, corpus, N_VOCAB).toarray()
+    W_U = tiny_bridge.unembed.weight.detach()
+    towards = torch.from_numpy(typical - typical.mean(0)).float() @ torch.linalg.pinv(W_U).T
+    *_, agreement = logit_effects(
+        tiny_bridge, "blocks.1.mlp.hook_out", 30 * towards, top, firings, corpus
+    )
+    assert np.mean(agreement) > 0.75
 
 
 def test_effects_are_in_the_report(tiny_bridge, documents):
     sae = make_layer("mxd")
+    write = torch.randn(sae.cfg.d_sae, D_MODEL)
     options = {"context_size": N_CTX, "embed": bag_of_words, "n_tokens": 400}
-    report = inspect_experts(tiny_bridge, sae, documents, n_effect_contexts=3, **options)
-    strings = token_strings(tiny_bridge.tokenizer, range(N_VOCAB))
-    for expert in report["experts"]:
-        contexts = []
-        for context in [c for c in expert["contexts"] if c["quantile"] == 1][:3]:
-            text = report["texts"][context["text"]][: context["position"] + 1]
-            contexts.append(([BOS, *(strings.index(token) for token in text)], context["value"]))
-        expected = manual_effect(tiny_bridge, sae, expert["id"], contexts)
-        found = [change for _, change in expert["promoted"]]
-        assert found == pytest.approx(expected.topk(8)[0].tolist(), rel=5e-3, abs=2e-4)
+    report = inspect_experts(tiny_bridge, sae, documents, write=write, **options)
+    corpus = read_corpus(tiny_bridge, documents, 400, N_CTX)
+    firings = read_firings(tiny_bridge, sae, corpus)
+    top = pick_contexts(firings, corpus)[0][:, :10]
+    effects = logit_effects(
+        tiny_bridge, sae.cfg.metadata.hook_name_out, write[firings.live], top, firings, corpus
+    )
+    for expert, *expected in zip(report["experts"], *effects, strict=True):
+        assert [expert[key] for key in ("promoted", "suppressed", "agreement")] == expected
     json.dumps(report, allow_nan=False)
 
 
@@ -484,12 +504,10 @@ def test_coactive_have_the_largest_jaccard_index(toy):
 # What cannot be inspected
 
 
-def test_texts_layers_and_models_that_cannot_be_inspected(tiny_bridge, plain_bridge, documents):
+def test_texts_layers_and_models_that_cannot_be_inspected(tiny_bridge, documents):
     sae = make_layer("mxd")
     with pytest.raises(ValueError, match="9 different texts with 9 tokens are too little"):
         inspect_experts(tiny_bridge, sae, [*WORDS[:9], "", WORDS[0]], embed=bag_of_words)
-    with pytest.raises(ValueError, match="cannot attach a layer to a TransformerBridge"):
-        inspect_experts(plain_bridge, sae, documents, embed=bag_of_words)
     with torch.no_grad():
         sae.b_enc.fill_(-1e9)
     with pytest.raises(ValueError, match="no expert fires"):

@@ -19,6 +19,7 @@ from mxd_lens.mxd import MxD, MxDConfig
 from mxd_lens.splice import splice
 from mxd_lens.steering import (
     Judge,
+    contributions,
     effect_amounts,
     evaluate_steering,
     generate_steered,
@@ -222,6 +223,30 @@ def test_nested_blocks_edit_one_after_the_other(lm, mxd, tokens):
             assert (lm(tokens) - expected).abs().max() > 0.05
 
 
+def test_what_is_written_can_be_the_same_everywhere(lm, layer, tokens):
+    """Added to the layer's output, at all or chosen tokens, each row of the batch its own."""
+    write = torch.randn(len(EXPERTS), 16)
+    amounts = torch.randn(len(tokens), len(EXPERTS))
+    name = layer.cfg.metadata.hook_name_out
+    expected = {}
+    for positions in (None, (1, 3)):
+        at = torch.zeros(tokens.shape[1], 1)
+        at[slice(None) if positions is None else list(positions)] = 1
+        expected[positions] = lm.run_with_hooks(
+            tokens, fwd_hooks=[(name, lambda y, hook, at=at: y + (amounts @ write)[:, None] * at)]
+        )
+    for positions, logits in expected.items():
+        with (
+            lm.saes([layer], use_error_term=True),
+            steer(lm, layer, EXPERTS, add=amounts, write=write, positions=positions),
+        ):
+            close(lm(tokens), logits)
+    with lm.saes([layer]), steer(lm, layer, EXPERTS, add=2.0, write=write):
+        single = lm(tokens)
+    with lm.saes([layer]), steer(lm, layer, EXPERTS, add=torch.full((3,), 2.0), write=write):
+        close(lm(tokens), single)
+
+
 def test_rows_of_a_batch_have_their_own_amounts(lm, layer, tokens):
     amounts = torch.tensor([[1.5, 0.0, 0.0], [0.0, -2.0, 0.3]])
     with lm.saes([layer], use_error_term=True):
@@ -298,6 +323,11 @@ class TestErrors:
         self.check(lm, mxd, "say one of add, scale, clamp and ablate, got none")
         self.check(lm, mxd, "got add and ablate", add=1.0, ablate=True)
 
+    def test_what_is_written(self, lm, mxd):
+        rows = "one row for each of the 2 experts, and goes with add: got "
+        self.check(lm, mxd, rows + "2 rows, with scale", 1, 2, scale=2.0, write=torch.ones(2, 16))
+        self.check(lm, mxd, rows + "3 rows, with add", 1, 2, add=2.0, write=torch.ones(3, 16))
+
     def test_experts(self, lm, mxd):
         self.check(lm, mxd, "no expert 40: this layer has experts 0 to 39", 3, 40, add=1.0)
         self.check(lm, mxd, "no expert -1", -1, add=1.0)
@@ -353,6 +383,27 @@ def test_amounts_have_the_effect_asked_for(name):
         close((found - layer(x)).norm(dim=-1).mean(), torch.tensor(0.5 * y_norm))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", LAYERS)
+def test_contributions_are_written_where_the_expert_fires(name):
+    layer = make_layer(name, "tiny_bridge")
+    if name == "topk":
+        layer.cfg.rescale_acts_by_decoder_norm = True
+    x, experts = torch.randn(200, 16), [0, 7, 39]
+    found = contributions(layer, experts, x)
+    for expert, row in zip(experts, found, strict=True):
+        plain = layer.W_dec[expert]
+        if name == "topk":
+            plain = plain / plain.norm()
+        if name.startswith("mxd"):
+            most = (x @ layer.W_enc[:, expert] + layer.b_enc[expert]).sort(descending=True)[1][:32]
+            plain = torch.stack([layer.hidden(x[i]) @ layer.expert_weights(expert) for i in most])
+            plain = plain.mean(0)
+        close(row, plain)
+    amounts = effect_amounts(layer, experts, 0.5, x, 3.0, write=found)
+    close((amounts[:, None] * found).norm(dim=-1), torch.full((3,), 1.5))
+
+
 def test_an_expert_without_effect_is_an_error():
     layer = make_layer("topk_transcoder", "tiny_bridge")
     layer.W_dec.data[7] = 0
@@ -401,6 +452,25 @@ def test_each_expert_steers_its_own_samples(writer, layer):
         writer, layer, [5], torch.zeros(1), prompt=PROMPT, n_tokens=6, temperature=0.0
     )
     assert unsteered == [[greedily(writer, 6)]]
+
+
+def test_samples_of_what_is_written(writer, layer):
+    write = torch.randn(len(EXPERTS), 16)
+    amounts = torch.tensor([3.0, -30.0, 9.0])
+    name = layer.cfg.metadata.hook_name_out
+    start = int(writer.to_tokens(PROMPT)[0, 0] < 3)
+    expected = []
+    for vector in amounts[:, None] * write:
+
+        def add(y, hook, vector=vector):
+            return torch.cat([y[:, :start], y[:, start:] + vector], dim=1)
+
+        with writer.hooks(fwd_hooks=[(name, add)]):
+            expected.append(greedily(writer, 6))
+    assert len(set(expected)) > 1
+    options = {"prompt": PROMPT, "n_tokens": 6, "temperature": 0.0, "batch_size": 2}
+    found = generate_steered(writer, layer, EXPERTS, amounts, write=write, **options)
+    assert found == [[text] for text in expected]
 
 
 def test_samples_are_the_seeds(writer, mxd):
@@ -485,7 +555,8 @@ class TestEvaluation:
     def test_rows(self, evaluate, writer, mxd):
         saved = []
         result = evaluate([0.5, 2.0], name="ours", save=lambda r: saved.append(json.dumps(r)))
-        assert {key: result[key] for key in list(result)[:5]} == {
+        assert {key: result[key] for key in list(result)[:6]} == {
+            "edit": "coefficient",
             "prompt": PROMPT,
             "n_samples": 3,
             "n_tokens": 4,
@@ -506,6 +577,17 @@ class TestEvaluation:
         )
         assert [row["samples"] for row in rows[:2]] == samples
         assert rows[0]["coherence"] == n_words(samples[0])["coherence"]
+        write = torch.randn(2, 16)
+        written = evaluate([2.0], write=write)
+        assert written["edit"] == "contribution"
+        amounts = torch.tensor([row["amount"] for row in written["rows"]])
+        close((amounts[:, None] * write).norm(dim=-1), torch.full((2,), 4.0))
+        samples = generate_steered(
+            writer, mxd, [5, 17], amounts, write=write, prompt=PROMPT, n_samples=3, n_tokens=4
+        )
+        assert [row["samples"] for row in written["rows"]] == samples
+        with pytest.raises(ValueError, match="were made with other edit"):
+            evaluate([3.0], done=written)
 
     @pytest.mark.parametrize("model", ["tiny_bridge"], indirect=True)
     def test_goes_on_where_it_stopped(self, evaluate):
