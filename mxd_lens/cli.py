@@ -33,7 +33,7 @@ from mxd_lens.faithfulness import evaluate
 from mxd_lens.files import read_json, write_json
 from mxd_lens.models import load_model
 from mxd_lens.presets import PRESETS, Preset, dry_run
-from mxd_lens.report import write_report
+from mxd_lens.report import agreement_of, write_report
 from mxd_lens.train import TrainConfig, load_documents, train
 
 DEMO = CompareConfig(
@@ -131,6 +131,7 @@ def show_experts(cfg: ExpertsConfig) -> None:
         meaningful = sum(expert["meaningful"] for expert in found["experts"])
         print(f"\n{path}: {found['n_live']:,} of {found['d_sae']:,} fire on ", end="")
         print(f"{found['n_tokens']:,} tokens; {meaningful:,} are meaningful. {found['rule']}")
+        print(agreement_of(found))
 
 
 def show_steering(cfg: SteerConfig) -> None:

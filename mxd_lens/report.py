@@ -167,14 +167,15 @@ def _steering(steered: list[dict[str, Any]]) -> str:
     """A figure of the runs that were steered alike."""
     if not steered:
         return ""
-    names = ("prompt", "n_samples", "n_tokens", "temperature", "seed")
+    names = ("edit", "prompt", "n_samples", "n_tokens", "temperature", "seed")
     settings = {key: steered[0][key] for key in names}
     alike = [file for file in steered if settings.items() <= file.items()]
     rows = [row for file in alike for row in file["rows"]]
     text = (
         f"{settings['n_samples']} samples of {settings['n_tokens']} tokens at temperature "
-        f"{settings['temperature']}, from “{settings['prompt']}”. Strength: mean norm of the "
-        "change at the MLP's output, over that output's mean norm."
+        f"{settings['temperature']}, from “{settings['prompt']}”. Steered by the unit's "
+        f"{settings['edit']}. Strength: mean norm of the change at the MLP's output, over that "
+        "output's mean norm."
     )
     return f"<p>{html.escape(text)}</p>{_figures([plots.steering(rows, steered[0]['unsteered'])])}"
 
@@ -185,7 +186,20 @@ def _rule(experts: dict[str, Any]) -> str:
         f"{experts['n_live']:,} of {experts['d_sae']:,} experts fired in {experts['n_tokens']:,} "
         f"tokens of {experts['dataset']}; {n:,} count as meaningful. {experts['rule']}"
     )
-    return f"<p>{html.escape(text)}</p>"
+    return f"<p>{html.escape(text)}</p><p>{agreement_of(experts)}</p>"
+
+
+def agreement_of(experts: dict[str, Any]) -> str:
+    """How often experts write about what they fire on, in a sentence; none if not measured."""
+    agreement = [e["agreement"] for e in experts["experts"] if e["agreement"] is not None]
+    if not agreement:
+        return ""
+    return (
+        f"What they promote agrees with their own contexts better than with those of "
+        f"{sum(agreement) / len(agreement):.1%} of the other experts on average (by chance: 50%), "
+        f"and than with those of 99% for {sum(a > 0.99 for a in agreement):,} experts (by chance: "
+        f"{0.01 * len(agreement):,.0f})."
+    )
 
 
 def _missing(run: Path, command: str) -> str:

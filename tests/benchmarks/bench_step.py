@@ -4,6 +4,7 @@
 
 Three runs of everything, medians and spread; the last line is one JSON object. The floor is the
 gate's forward product and the dense part's forward and backward, in the precision of the step.
+Where `eai-sparsify` is installed (`.venv/bin/pip install eai-sparsify`), its transcoders run too.
 """
 
 from __future__ import annotations
@@ -34,6 +35,11 @@ from mxd_lens import (
     TrainingTopKTranscoder,
     TrainingTopKTranscoderConfig,
 )
+
+try:
+    from sparsify import SparseCoder, SparseCoderConfig  # type: ignore[import-not-found]
+except ImportError:
+    SparseCoder = SparseCoderConfig = None
 
 BATCH, D_MODEL, D_SAE, K, D_HIDDEN = 2048, 576, 16_118, 32, 1536
 N_UNITS = 32 * D_MODEL  # of the transcoders and the SAE with as many parameters
@@ -79,6 +85,28 @@ def forward_and_backward(sae: Any, batch: Tensor, autocast: bool = False) -> Ste
 def precision(autocast: bool) -> Any:
     """bfloat16 where autocast finds it safe, or float32."""
     return torch.autocast(DEVICE, torch.bfloat16) if autocast else nullcontext()
+
+
+def sparsify_steps(x: Tensor, y: Tensor) -> dict[str, Step]:
+    """Steps of sparsify's transcoders, where it is installed."""
+    if SparseCoder is None or SparseCoderConfig is None:
+        return {}
+
+    def step_of(skip: bool) -> Step:
+        cfg = SparseCoderConfig(num_latents=N_UNITS, k=K, transcode=True, skip_connection=skip)
+        coder = SparseCoder(D_MODEL, cfg, device=DEVICE)
+        torch.nn.init.normal_(coder.W_dec, std=0.02)
+
+        def step() -> None:
+            coder(x, y).fvu.backward()
+            coder.zero_grad()
+
+        return step
+
+    return {
+        "sparsify's transcoder": step_of(skip=False),
+        "sparsify's skip transcoder": step_of(skip=True),
+    }
 
 
 def floor_of(sae: TrainingMxD, x: Tensor, autocast: bool = False) -> Step:
@@ -176,6 +204,7 @@ def main() -> None:
         "SAELens' TopK SAE": forward_and_backward(topk, x),
         "transcoder": forward_and_backward(transcoder, batch),
         "skip transcoder": forward_and_backward(skip, batch),
+        **sparsify_steps(x, y),
         "floor, bfloat16": floor_of(mxd, x, autocast=True),
         "MxD, bfloat16": forward_and_backward(mxd, batch, autocast=True),
         "MxD, default recipe, bfloat16": forward_and_backward(centred, batch, autocast=True),

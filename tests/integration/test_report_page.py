@@ -123,6 +123,7 @@ def test_search(page, words, found):
         ("density: fires most often", [9, 7, 3, 2, 0]),
         ("density: fires least often", [0, 2, 3, 7, 9]),
         ("coherence of contexts", [3, 2, 7, 0, 9]),
+        ("writes what it fires on", [2, 7, 0, 3, 9]),
         ("mean coefficient", [2, 7, 0, 3, 9]),
         ("best probe F1, fewest features first", [2, 7, 3, 0, 9]),
         ("number", [0, 2, 3, 7, 9]),

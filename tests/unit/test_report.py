@@ -64,6 +64,7 @@ def expert(i, **fields):
         "meaningful": False,
         "promoted": None,
         "suppressed": None,
+        "agreement": None,
         "alike": [],
         "coactive": [],
         "rank": 16,
@@ -92,6 +93,7 @@ EXPERTS = {
             name="animals · cats",
             meaningful=True,
             coherence=0.25,
+            agreement=0.995,
             promoted=[[" kitten", 1.23456789], ["\n", 0.5]],
             suppressed=[[" rock", -0.5]],
             alike=[[7, 0.875], [11, 0.5]],
@@ -103,7 +105,7 @@ EXPERTS = {
             ],
         ),
         expert(3, coherence=0.5),
-        expert(7, name="dogs", meaningful=True, coherence=0.125),
+        expert(7, name="dogs", meaningful=True, coherence=0.125, agreement=0.25),
         expert(9, contexts=[{"text": 1, "position": 5, "value": 2.0, "quantile": 1.0}]),
     ],
 }
@@ -143,6 +145,7 @@ def probe_file(name="mxd", k=3, f1=0.5):
 def steering_file(name="mxd", prompt="So"):
     points = {"strength": 1.0, "amount": 7.5, "coherence": 0.5, "perplexity": 20.0}
     return {
+        "edit": "contribution",
         "prompt": prompt,
         "n_samples": 2,
         "n_tokens": 8,
