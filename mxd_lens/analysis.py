@@ -18,6 +18,7 @@ from jaxtyping import Float
 from sae_lens.constants import SPARSITY_FILENAME
 from sae_lens.saes.sae import SAE
 from safetensors.torch import load_file
+from simple_parsing import field as argument
 from torch import Tensor
 
 from mxd_lens.compare import finished_runs, mlp_activations
@@ -49,7 +50,7 @@ from mxd_lens.train import TrainConfig, load_documents
 class AnalysisConfig:
     """Which layers to analyse."""
 
-    run: str
+    run: str = argument(positional=True, metavar="RUN")
     """Output folder of `mxd-lens train`, or of `mxd-lens compare`: all of its layers."""
     k: int | None = None
     """Only the layers with this many active units."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from sae_lens.constants import RUNNER_CFG_FILENAME
 from sae_lens.saes.sae import SAE
 from simple_parsing import ArgumentParser
+from simple_parsing import field as argument
 from transformers.utils.logging import disable_progress_bar
 
 from mxd_lens import plots
@@ -50,7 +51,7 @@ DEMO = CompareConfig(
 class EvaluateConfig:
     """Which run to evaluate, and on what."""
 
-    run: str
+    run: str = argument(positional=True, metavar="RUN")
     """Output folder of `mxd-lens train` or `mxd-lens compare`."""
     dataset: str | None = None
     """Other text than the run's held-out documents, named as for train."""
@@ -186,31 +187,31 @@ COMMANDS = {
         EvaluateConfig,
         run_evaluate,
         "measure a run, or all layers of a comparison, on other text",
-        "mxd-lens evaluate --run runs/demo --dataset demo:state-of-the-union",
+        "mxd-lens evaluate runs/demo --dataset demo:state-of-the-union",
     ),
     "probe": (
         ProbeConfig,
         show_probes,
         "tell topics, languages or your own labels by one, two, five or all units of a layer",
-        "mxd-lens probe --run runs/demo --data demo:bbc demo:languages",
+        "mxd-lens probe runs/demo --data demo:bbc demo:languages",
     ),
     "experts": (
         ExpertsConfig,
         show_experts,
         "describe every expert: where it fires, what it promotes, which others are like it",
-        "mxd-lens experts --run runs/demo/mxd-k32-seed0 --n_tokens 100_000",
+        "mxd-lens experts runs/demo/mxd-k32-seed0 --n_tokens 100_000",
     ),
     "steer": (
         SteerConfig,
         show_steering,
         "steer single experts while the model writes; score coherence and fluency",
-        "mxd-lens steer --run runs/demo --n_experts 20 --strengths 0.5 1 2",
+        "mxd-lens steer runs/demo --n_experts 20 --strengths 0.5 1 2",
     ),
     "report": (
         AnalysisConfig,
         run_report,
         "put all that is known of a run on one page, with a browser of its experts",
-        "mxd-lens report --run runs/demo/mxd-k32-seed0",
+        "mxd-lens report runs/demo/mxd-k32-seed0",
     ),
 }
 

@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Callable, Iterable
 from itertools import cycle
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import plotly.graph_objects as go
@@ -220,7 +221,8 @@ def probes(scores: list[dict[str, Any]], data: str) -> go.Figure:
 
 
 def steering(rows: list[dict[str, Any]], unsteered: dict[str, float]) -> go.Figure:
-    """Coherence of steered samples against their perplexity, a point an expert and strength.
+    """Coherence of steered samples against their perplexity: points for an expert at a strength,
+    lines through the medians of each strength.
 
     Args:
         rows: with ``name``, ``expert``, ``strength``, ``coherence``, ``perplexity``, ``samples``.
@@ -234,13 +236,28 @@ def steering(rows: list[dict[str, Any]], unsteered: dict[str, float]) -> go.Figu
             x=[row["perplexity"] for row in points],
             y=[row["coherence"] for row in points],
             name=html.escape(label(name)),
+            legendgroup=name,
+            showlegend=False,
             mode="markers",
-            marker={"color": colours[name], "opacity": 0.7},
+            marker={"color": colours[name], "opacity": 0.4},
             customdata=[
                 [row["expert"], row["strength"], _wrapped(*row["samples"][:1])] for row in points
             ],
             hovertemplate="expert %{customdata[0]}, strength %{customdata[1]:.3g}: coherence "
             "%{y:.3f}, perplexity %{x:.4g}<br><i>%{customdata[2]}</i>",
+        )
+        strengths = sorted({row["strength"] for row in points})
+        at = [[row for row in points if row["strength"] == strength] for strength in strengths]
+        figure.add_scatter(
+            x=[median(row["perplexity"] for row in rows) for rows in at],
+            y=[median(row["coherence"] for row in rows) for rows in at],
+            text=[f"{strength:.3g}" for strength in strengths],
+            name=html.escape(label(name)),
+            legendgroup=name,
+            mode="lines+markers+text",
+            textposition="top center",
+            marker={"color": colours[name], "size": 11},
+            hovertemplate="medians at strength %{text}: coherence %{y:.3f}, perplexity %{x:.4g}",
         )
     figure.add_scatter(
         x=[unsteered["perplexity"]],
@@ -251,7 +268,7 @@ def steering(rows: list[dict[str, Any]], unsteered: dict[str, float]) -> go.Figu
         hovertemplate="coherence %{y:.3f}, perplexity %{x:.4g}",
     )
     return figure.update_layout(
-        title="Steered samples",
+        title="Steered samples; lines: medians at each strength",
         xaxis={"title": "perplexity (log)", "type": "log"},
         yaxis={"title": "coherence of the samples", "automargin": True},
         legend={"orientation": "h", "y": -0.25},

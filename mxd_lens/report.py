@@ -86,7 +86,7 @@ def _finished(run: Path) -> tuple[str, int, dict[str, Any]]:
     """A run's name, seed and row of faithfulness."""
     cfg, row = read_json(run / RUNNER_CFG_FILENAME), read_json(run / "results.json")
     if (run / "layer").exists() and row is None:
-        raise ValueError(f"{run} has not been measured: run `mxd-lens evaluate --run {run}` first")
+        raise ValueError(f"{run} has not been measured: run `mxd-lens evaluate {run}` first")
     if cfg is None or not isinstance(row, dict):
         raise ValueError(
             f"{run} holds no finished run: name the output folder of `mxd-lens train`, or a "
@@ -203,7 +203,7 @@ def agreement_of(experts: dict[str, Any]) -> str:
 
 
 def _missing(run: Path, command: str) -> str:
-    line = html.escape(f"mxd-lens {command} --run {shlex.quote(str(run))}")
+    line = html.escape(f"mxd-lens {command} {shlex.quote(str(run))}")
     return f"<p>Not measured of this run yet: <code>{line}</code></p>"
 
 

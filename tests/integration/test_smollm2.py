@@ -69,4 +69,4 @@ def test_errors_are_one_sentence(tmp_path):
     with pytest.raises(SystemExit, match="mxd-lens: no layer 30: this model has layers 0 to 29"):
         main(["train", "--model", "demo:smollm2", "--layer", "30", *common])
     with pytest.raises(SystemExit, match="is not finished: run its command again"):
-        main(["evaluate", "--run", str(tmp_path)])
+        main(["evaluate", str(tmp_path)])

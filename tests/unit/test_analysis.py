@@ -232,16 +232,16 @@ class TestSteer:
 
 def test_probe_experts_steer_and_report_from_the_shell(runs, labelled, offline, capsys):
     run = runs / "mxd"
-    main(["evaluate", "--run", str(run), "--n_sequences", "4"])
-    main(["probe", "--run", str(run), "--data", labelled, "--n_texts", "40"])
+    main(["evaluate", str(run), "--n_sequences", "4"])
+    main(["probe", str(run), "--data", labelled, "--n_texts", "40"])
     assert "| neurons |" in capsys.readouterr().out
-    main(["experts", "--run", str(run), "--n_tokens", "400", "--sample_tokens", "3"])
+    main(["experts", str(run), "--n_tokens", "400", "--sample_tokens", "3"])
     assert "are meaningful" in capsys.readouterr().out
     steering = ["--n_experts", "2", "--strengths", "1", "--n_samples", "2", "--n_tokens", "3"]
-    main(["steer", "--run", str(run), *steering])
+    main(["steer", str(run), *steering])
     assert "| mxd | 1 | 2 |" in capsys.readouterr().out
-    main(["report", "--run", str(run)])
+    main(["report", str(run)])
     assert capsys.readouterr().out.strip() == str(run / "report.html")
     assert "mxd-lens experts" not in (run / "report.html").read_text()
     with pytest.raises(SystemExit, match="other options"):
-        main(["experts", "--run", str(run), "--n_tokens", "401"])
+        main(["experts", str(run), "--n_tokens", "401"])

@@ -39,14 +39,14 @@ def test_compare_then_evaluate_all_on_other_text(run, tmp_path):
 
     other = tmp_path / "other.txt"
     other.write_text("\n\n".join(["the dog saw a cat on the mat after the fish"] * 200))
-    table = run("evaluate", "--run", str(folder), "--dataset", str(other), "--n_sequences", "4")
+    table = run("evaluate", str(folder), "--dataset", str(other), "--n_sequences", "4")
     again = json.loads((folder / "results-other.json").read_text())
     assert [row["k"] for row in again] == [row["k"] for row in rows]
     assert all(row["dataset"] == str(other) for row in again)
     assert all(a["ce_original"] != b["ce_original"] for a, b in zip(again, rows, strict=True))
     assert (folder / "results-other.html").exists()
     with pytest.raises(SystemExit, match="say on which --dataset"):
-        run("evaluate", "--run", str(folder))
+        run("evaluate", str(folder))
 
 
 def test_train_any_architecture_then_evaluate(run, tmp_path):
@@ -66,7 +66,7 @@ def test_train_any_architecture_then_evaluate(run, tmp_path):
     assert row["hook_name"] == row["hook_name_out"] == "blocks.1.mlp.hook_out"
     assert f"{row['ce_replaced']:.4f}" in printed
     assert "found finished" in run("train", *arguments)
-    run("evaluate", "--run", str(folder), "--n_sequences", "4")
+    run("evaluate", str(folder), "--n_sequences", "4")
     assert json.loads((folder / "results.json").read_text())["ce_tokens"] < row["ce_tokens"]
 
 

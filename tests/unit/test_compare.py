@@ -169,4 +169,4 @@ def test_no_such_architecture(make_compare):
 
 def test_evaluating_an_empty_folder(tmp_path):
     with pytest.raises(SystemExit, match="holds neither a finished run nor a comparison"):
-        main(["evaluate", "--run", str(tmp_path), "--dataset", "demo:state-of-the-union"])
+        main(["evaluate", str(tmp_path), "--dataset", "demo:state-of-the-union"])

@@ -143,7 +143,7 @@ def probe_file(name="mxd", k=3, f1=0.5):
 
 
 def steering_file(name="mxd", prompt="So"):
-    points = {"strength": 1.0, "amount": 7.5, "coherence": 0.5, "perplexity": 20.0}
+    scored = [(2, 1.0, 0.5, 20.0), (3, 1.0, 0.25, 40.0), (2, 2.0, 0.75, 80.0)]
     return {
         "edit": "contribution",
         "prompt": prompt,
@@ -152,7 +152,11 @@ def steering_file(name="mxd", prompt="So"):
         "temperature": 0.9,
         "seed": 0,
         "unsteered": {"coherence": 0.25, "perplexity": 10.0},
-        "rows": [{"name": name, "expert": 2, **points, "samples": [HOSTILE, "other"]}],
+        "rows": [
+            {"name": name, "expert": expert, "strength": strength, "amount": 7.5 * strength}
+            | {"coherence": coherence, "perplexity": perplexity, "samples": [HOSTILE, "other"]}
+            for expert, strength, coherence, perplexity in scored
+        ],
     }
 
 
@@ -277,9 +281,13 @@ class TestWhatIsThere:
 
     def test_steering_of_the_runs_alike(self, whole):
         figure = figure_with(whole, "perplexity")
-        points = {trace["name"]: (trace["x"], trace["y"]) for trace in figure["data"]}
-        alike = ([20.0], [0.5])
-        assert points == {"MxD": alike, "transcoder": alike, "unsteered": ([10.0], [0.25])}
+        traces = [(trace["name"], trace["x"], trace["y"]) for trace in figure["data"]]
+        experts = [20.0, 40.0, 80.0], [0.5, 0.25, 0.75]
+        medians = [30.0, 80.0], [0.375, 0.75]
+        of_each = [
+            (name, *points) for name in ("MxD", "transcoder") for points in (experts, medians)
+        ]
+        assert traces == [*of_each, ("unsteered", [10.0], [0.25])]
         assert figure["layout"]["xaxis"]["type"] == "log"
 
     def test_steering_from_another_prompt_is_left_out(self, tmp_path):
@@ -287,7 +295,7 @@ class TestWhatIsThere:
         steering = steering_file("topk_transcoder", prompt="But")
         (tmp_path / "same" / "steering.json").write_text(json.dumps(steering))
         figure = figure_with(Page(write_report(run)), "perplexity")
-        assert [trace["name"] for trace in figure["data"]] == ["MxD", "unsteered"]
+        assert {trace["name"] for trace in figure["data"]} == {"MxD", "unsteered"}
 
     def test_experts(self, whole):
         data = whole.data
@@ -297,6 +305,8 @@ class TestWhatIsThere:
         assert cats["contexts"] == [[0, 1, 4.0, 1.0], [2, 30, 3.5, 1.0], [0, 2, 1.0, 0.25]]
         assert cats["promoted"] == [[" kitten", 1.235], ["\n", 0.5]]
         assert "2 count as meaningful" in whole.text
+        assert "those of 62.2% of the other experts on average" in whole.text
+        assert "those of 99% for 1 experts (by chance: 0)" in whole.text
 
     def test_experts_a_class_was_told_by(self, whole):
         # 7 was first of two splits' one-feature probes, and 3 only ever read beside it.
@@ -310,7 +320,7 @@ class TestWhatIsThere:
 class TestWhatIsMissing:
     def test_says_how_to_measure_it(self, bare, tmp_path):
         for command in ("probe", "experts", "steer"):
-            assert f"mxd-lens {command} --run {tmp_path / 'run'}" in bare.text
+            assert f"mxd-lens {command} {tmp_path / 'run'}" in bare.text
         assert "mxd-lens compare" in bare.text
         assert bare.data is None
 
@@ -323,9 +333,9 @@ class TestWhatIsMissing:
         run = write_comparison(tmp_path)
         (run / "steering.json").unlink()
         page = Page(write_report(run))
-        assert f"mxd-lens steer --run {run}" in page.text
-        names = [trace["name"] for trace in figure_with(page, "perplexity")["data"]]
-        assert names == ["transcoder", "unsteered"]
+        assert f"mxd-lens steer {run}" in page.text
+        names = {trace["name"] for trace in figure_with(page, "perplexity")["data"]}
+        assert names == {"transcoder", "unsteered"}
 
     def test_numbers_that_json_has_no_word_for(self, tmp_path):
         experts = EXPERTS | {"experts": [expert(0, coherence=float("nan"))]}
