@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import resource
+import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
@@ -161,7 +162,8 @@ def _most_memory() -> float:
     """The most memory, in bytes, that has been in use at a time."""
     if DEVICE == "cuda":
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    in_use = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return in_use if sys.platform == "darwin" else in_use * 1024
 
 
 def show(title: str, times: dict[str, list[float]], floors: dict[str, str]) -> None:
@@ -175,6 +177,7 @@ def show(title: str, times: dict[str, list[float]], floors: dict[str, str]) -> N
 
 def main() -> None:
     torch.manual_seed(0)
+    used, bound = peak_memory()  # first: a new process starts from its parent's high-water mark
     print(f"torch {torch.__version__}, {DEVICE}, {torch.get_num_threads()} threads,", end=" ")
     print(f"{platform.machine()}, {platform.processor() or platform.system()}")
     batch = torch.randn(BATCH, 2 * D_MODEL, device=DEVICE)
@@ -214,28 +217,27 @@ def main() -> None:
     sizes = f"B {BATCH}, d {D_MODEL}, N {D_SAE} or {N_UNITS} units, k {K}, GLU H {D_HIDDEN}"
     show(sizes, times, floors)
 
-    by_k = {}
-    for k in (8, 32, 128, 256):
-        mxd.cfg.k = k
-        by_k[f"k = {k}"] = milliseconds({"": forward_and_backward(mxd, batch)}, 2.0)[""]
-    mxd.cfg.k = K
-    show(
-        "The same MxD by k",
-        {"floor": times["floor"], **by_k},
-        dict.fromkeys(by_k, "floor") | {"floor": "floor"},
-    )
+    def with_k(k: int) -> Step:
+        step = forward_and_backward(mxd, batch)
+
+        def run() -> None:
+            mxd.cfg.k = k
+            step()
+
+        return run
+
+    by_k = {f"k = {k}": with_k(k) for k in (8, 32, 128, 256)}
+    times_k = milliseconds({"floor": floor_of(mxd, x), **by_k}, 2.0)
+    show("The same MxD by k", times_k, dict.fromkeys(times_k, "floor"))
 
     big = new_mxd("paper", d=2048, n=32_768, k=64, h=8192)
-    wide = torch.randn(512, 4096, device=DEVICE)
+    wide = torch.randn(BATCH, 4096, device=DEVICE)
     times_big = milliseconds(
         {"floor": floor_of(big, wide[:, :2048]), "MxD": forward_and_backward(big, wide)}, 2.0
     )
-    show(
-        "B 512, d 2,048, N 32,768, k 64, GLU H 8,192", times_big, dict.fromkeys(times_big, "floor")
-    )
-    del big
+    sizes = f"B {BATCH}, d 2048, N 32768, k 64, GLU H 8192"
+    show(sizes, times_big, dict.fromkeys(times_big, "floor"))
 
-    used, bound = peak_memory()
     print(
         f"\nPeak memory of a step with Adam: {used / 1e6:,.0f} MB; weights, gradient, two moments "
     )

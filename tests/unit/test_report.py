@@ -105,7 +105,7 @@ EXPERTS = {
             ],
         ),
         expert(3, coherence=0.5),
-        expert(7, name="dogs", meaningful=True, coherence=0.125, agreement=0.25),
+        expert(7, name="dogs", meaningful=True, coherence=0.125, agreement=0.255),
         expert(9, contexts=[{"text": 1, "position": 5, "value": 2.0, "quantile": 1.0}]),
     ],
 }
@@ -305,7 +305,7 @@ class TestWhatIsThere:
         assert cats["contexts"] == [[0, 1, 4.0, 1.0], [2, 30, 3.5, 1.0], [0, 2, 1.0, 0.25]]
         assert cats["promoted"] == [[" kitten", 1.235], ["\n", 0.5]]
         assert "2 count as meaningful" in whole.text
-        assert "those of 62.2% of the other experts on average" in whole.text
+        assert "those of 62.5% of the other experts on average" in whole.text
         assert "those of 99% for 1 experts (by chance: 0)" in whole.text
 
     def test_experts_a_class_was_told_by(self, whole):
