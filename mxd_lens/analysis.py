@@ -59,13 +59,16 @@ class AnalysisConfig:
         """The finished runs in question.
 
         Raises:
-            ValueError: there are none, or they are of more than one MLP.
+            ValueError: there are none, or they are of more than one MLP or read it differently.
         """
         runs = finished_runs(Path(self.run))
-        if len({(run.model, run.model_class, run.layer) for run in runs}) > 1:
+        read = {
+            (run.model, run.model_class, run.layer, run.context_size, run.autocast) for run in runs
+        }
+        if len(read) > 1:
             raise ValueError(
-                f"{self.run} holds layers of several models or at several places: name one of the "
-                "folders in it"
+                f"{self.run} holds layers of several models, at several places, or that differ in "
+                "context_size or autocast: name one of the folders in it"
             )
         runs = [run for run in runs if self.k in (None, _layer_k(run))]
         if not runs:
@@ -196,6 +199,8 @@ class ExpertsConfig(AnalysisConfig):
 
     dataset: str | None = None
     """Text to read, named as for train; by default what the layer was trained on."""
+    text_column: str = "text"
+    """Column of that text."""
     n_tokens: int = 100_000
     """Tokens to read."""
     effect_strength: float = 2.0
@@ -228,7 +233,9 @@ def run_experts(cfg: ExpertsConfig) -> list[Path]:
     for run in cfg.runs():
         path = paths[run.output]
         found = read_json(path)
-        sampled = not cfg.sample_strength or (found and found["experts"][0]["sample"] is not None)
+        sampled = not cfg.sample_strength or (
+            found and any(expert["sample"] is not None for expert in found["experts"])
+        )
         if found and sampled:
             continue
         print(f"\n{run.name}, k = {run.k}, seed {run.seed}", flush=True)
@@ -237,7 +244,10 @@ def run_experts(cfg: ExpertsConfig) -> list[Path]:
         x, y_norm = layer_sample(model, sae, run)
         write = contributions(sae, range(sae.cfg.d_sae), x)
         if not found:
-            texts = load_documents(run)[0] if cfg.dataset is None else load_text(cfg.dataset)
+            if cfg.dataset is None:
+                texts = load_documents(run)[0]
+            else:
+                texts = load_text(cfg.dataset, text_column=cfg.text_column)
             effect = cfg.effect_strength * y_norm * F.normalize(write, dim=-1)
             found = inspect_experts(
                 model,
@@ -253,7 +263,8 @@ def run_experts(cfg: ExpertsConfig) -> list[Path]:
             found |= {"asked": asked, "dataset": cfg.dataset or run.dataset}
             write_json(path, found, indent=None)
         if not sampled:
-            ids = [expert["id"] for expert in found["experts"]]
+            experts = [e for e in found["experts"] if write[e["id"]].norm() > 0]
+            ids = [expert["id"] for expert in experts]
             samples = generate_steered(
                 model,
                 sae,
@@ -263,7 +274,7 @@ def run_experts(cfg: ExpertsConfig) -> list[Path]:
                 prompt=cfg.prompt,
                 n_tokens=cfg.sample_tokens,
             )
-            for expert, (sample,) in zip(found["experts"], samples, strict=True):
+            for expert, (sample,) in zip(experts, samples, strict=True):
                 expert["sample"] = cfg.prompt + sample
             write_json(path, found, indent=None)
     return list(paths.values())
@@ -274,7 +285,7 @@ class SteerConfig(AnalysisConfig):
     """Which layers to steer, and how."""
 
     experts: list[int] | None = None
-    """Units to steer; by default n_experts random ones of those that fire."""
+    """Units to steer; by default n_experts random ones that fire on over 1 in 100,000 tokens."""
     n_experts: int = 20
     """How many, where none are named."""
     strengths: list[float] = field(default_factory=lambda: [0.5, 1.0, 2.0, 4.0])
@@ -290,8 +301,8 @@ class SteerConfig(AnalysisConfig):
     seed: int = 0
     """Seed of the choice of units and of the samples."""
     edit: Literal["contribution", "coefficient"] = "contribution"
-    """What an MxD's expert writes: what it writes where it fires, or what raising its coefficient
-    writes at each token. The same for other layers."""
+    """What an MxD's expert writes: always what it does where its gate is largest, or what raising
+    its coefficient does at each token. The same for other layers."""
 
 
 def run_steer(cfg: SteerConfig) -> list[Path]:
@@ -303,6 +314,14 @@ def run_steer(cfg: SteerConfig) -> list[Path]:
     Raises:
         ValueError: no such layers or units, or a file made with other settings.
     """
+    settings = ("edit", "prompt", "n_samples", "n_tokens", "temperature", "seed")
+    for run in cfg.runs():
+        path = Path(run.output) / "steering.json"
+        done = read_json(path)
+        different = [name for name in settings if done and done[name] != getattr(cfg, name)]
+        if different:
+            made = ", ".join(f"{name}={done[name]!r}" for name in different)
+            raise ValueError(f"{path} was made with {made}: ask for the same, or delete that file")
     model, paths = None, []
     for run in cfg.runs():
         print(f"\n{run.name}, k = {run.k}, seed {run.seed}", flush=True)
@@ -335,7 +354,7 @@ def run_steer(cfg: SteerConfig) -> list[Path]:
 
 
 def random_units(run: TrainConfig, n: int, seed: int = 0) -> list[int]:
-    """Some of the units that fired in the last training steps that SAELens kept count of."""
+    """Some units that fired on over 1 in 100,000 tokens when SAELens last counted in training."""
     log_density = load_file(run.layer_path / SPARSITY_FILENAME)["sparsity"]
     live = (log_density > -5).nonzero().flatten()
     order = torch.randperm(len(live), generator=torch.Generator().manual_seed(seed))
@@ -349,7 +368,7 @@ def steering_table(paths: Sequence[Path]) -> str:
     for path in paths:
         report = read_json(path)
         name = report["rows"][0]["name"]
-        for strength in [0.0, *sorted({row["strength"] for row in report["rows"]})]:
+        for strength in sorted({0.0, *(row["strength"] for row in report["rows"])}):
             rows = [row for row in report["rows"] if row["strength"] == strength]
             rows = rows or [report["unsteered"]]
             scores = [median(row[score] for row in rows) for score in ("coherence", "perplexity")]

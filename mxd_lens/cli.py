@@ -28,7 +28,14 @@ from mxd_lens.analysis import (
     steering_table,
 )
 from mxd_lens.assets import AssetError
-from mxd_lens.compare import CompareConfig, compare, finished_runs, measure_again
+from mxd_lens.compare import (
+    CompareConfig,
+    compare,
+    finished_runs,
+    identity,
+    measure_again,
+    results_stem,
+)
 from mxd_lens.data import load_text
 from mxd_lens.faithfulness import evaluate
 from mxd_lens.files import read_json, write_json
@@ -55,6 +62,8 @@ class EvaluateConfig:
     """Output folder of `mxd-lens train` or `mxd-lens compare`."""
     dataset: str | None = None
     """Other text than the run's held-out documents, named as for train."""
+    text_column: str = "text"
+    """Column of that text."""
     n_sequences: int = 64
     """Sequences on which cross-entropies are taken."""
 
@@ -68,18 +77,22 @@ class DemoConfig:
 
 
 def run_evaluation(
-    cfg: TrainConfig, dataset: str | None = None, n_sequences: int = 64, model=None
+    cfg: TrainConfig,
+    dataset: str | None = None,
+    text_column: str = "text",
+    n_sequences: int = 64,
+    model=None,
 ) -> None:
     """Evaluate a finished run: results.json and page.html in its folder, a table on stdout."""
     sae = SAE.load_from_disk(cfg.layer_path, device=cfg.device)
     model = model or load_model(cfg.model, cfg.model_class, cfg.device)
-    text = load_documents(cfg)[1] if dataset is None else load_text(dataset)
-    row, density = evaluate(
-        model, sae, text, n_sequences=n_sequences, autocast=cfg.autocast, seed=cfg.seed
+    text = (
+        load_documents(cfg)[1] if dataset is None else load_text(dataset, text_column=text_column)
     )
-    row["dataset"] = dataset or f"{cfg.dataset} (held out)"
-    stem = "results" if dataset is None else f"results-{Path(dataset).stem.replace(':', '-')}"
-    results = Path(cfg.output) / f"{stem}.json"
+    row, density = evaluate(model, sae, text, n_sequences=n_sequences, autocast=cfg.autocast)
+    row = {**identity(cfg), **row, "dataset": dataset or f"{cfg.dataset} (held out)"}
+    results = Path(cfg.output) / f"{results_stem(dataset)}.json"
+    row = {**(read_json(results) or {}), **row}  # a comparison has probed it
     page = results.with_suffix(".html")
     plots.write_page(page, row, density)
     write_json(results, row)
@@ -113,9 +126,10 @@ def run_evaluate(cfg: EvaluateConfig) -> None:
     folder = Path(cfg.run)
     if (folder / RUNNER_CFG_FILENAME).exists():
         (run,) = finished_runs(folder)
-        run_evaluation(run, cfg.dataset, cfg.n_sequences)
+        run_evaluation(run, cfg.dataset, cfg.text_column, cfg.n_sequences)
     else:
-        print(plots.comparison_table(measure_again(folder, cfg.dataset, cfg.n_sequences)))
+        rows = measure_again(folder, cfg.dataset, cfg.text_column, cfg.n_sequences)
+        print(plots.comparison_table(rows))
 
 
 def show_probes(cfg: ProbeConfig) -> None:

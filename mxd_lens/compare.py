@@ -7,6 +7,7 @@ finished before everything is.)
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -134,7 +135,12 @@ def compare(cfg: CompareConfig, model: Any = None, dataset: Text | None = None) 
 def measure(model: Any, sae: SAE[Any], run: TrainConfig, heldout: Heldout) -> dict[str, Any]:
     """One row: what was trained and how it does on the held-out text."""
     row, _ = evaluate(model, sae, heldout, autocast=run.autocast)
-    return {"name": run.name, "seed": run.seed, "lr": learning_rate(run), **row}
+    return {**identity(run), **row}
+
+
+def identity(run: TrainConfig) -> dict[str, Any]:
+    """What tells a run from the others of a comparison, beside its layer's own settings."""
+    return {"name": run.name, "seed": run.seed, "lr": learning_rate(run)}
 
 
 def all_rows(folder: Path) -> list[dict[str, Any]]:
@@ -210,7 +216,9 @@ def probe_scores(
     }
 
 
-def measure_again(folder: Path, dataset: str | None, n_sequences: int) -> list[dict[str, Any]]:
+def measure_again(
+    folder: Path, dataset: str | None, text_column: str = "text", n_sequences: int = 64
+) -> list[dict[str, Any]]:
     """Measure the layers of a comparison on other text: ``results-<text>.json`` and ``.html``.
 
     Raises:
@@ -221,13 +229,22 @@ def measure_again(folder: Path, dataset: str | None, n_sequences: int) -> list[d
         raise ValueError(f"say on which --dataset to measure the layers in {folder}")
     cfg = runs[0]
     model = load_model(cfg.model, cfg.model_class, cfg.device)
-    heldout = _heldout(cfg, model, load_text(dataset), n_sequences)
+    text = load_text(dataset, text_column=text_column)
+    heldout = _heldout(cfg, model, text, n_sequences)
     rows = []
     for run in runs:
         sae = SAE.load_from_disk(run.layer_path, device=run.device)
         rows.append(measure(model, sae, run, heldout) | {"dataset": dataset})
-    write_results(folder, rows, f"results-{Path(dataset).stem.replace(':', '-')}")
+    write_results(folder, rows, results_stem(dataset))
     return rows
+
+
+def results_stem(dataset: str | None) -> str:
+    """Name of the file with what was measured on a text; None: on the run's own."""
+    if dataset is None:
+        return "results"
+    name = Path(dataset).stem if Path(dataset).exists() else dataset
+    return "results-" + re.sub(r"[^\w.-]+", "-", name)
 
 
 def finished_runs(folder: Path) -> list[TrainConfig]:

@@ -360,7 +360,7 @@ def _decisive(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
         "recovered": lambda row: f"{row['ce_recovered']:.1%}",
         "FVU": lambda row: f"{row['fvu']:.3f}",
         "shuffled, norms kept": lambda row: (
-            f"+{row['ce_shuffled_gate_matched'] - row['ce_original']:.4f}"
+            f"{row['ce_shuffled_gate_matched'] - row['ce_original']:+.4f}"
         ),
         "alive": lambda row: f"{row['alive_fraction']:.0%}",
         "always on": lambda row: str(row["always_on"]),
@@ -380,8 +380,8 @@ def summary(row: dict[str, Any]) -> list[tuple[str, str]]:
     lost = row["ce_zero_ablation"] - row["ce_original"]
     lines = [
         ("cross-entropy, original model", f"{row['ce_original']:.4f} nats"),
-        ("  with the layer swapped in", f"{row['ce_replaced']:.4f}  (+{row['ce_increase']:.4f})"),
-        ("  with the MLP removed", f"{row['ce_zero_ablation']:.4f}  (+{lost:.4f})"),
+        ("  with the layer swapped in", f"{row['ce_replaced']:.4f}  ({row['ce_increase']:+.4f})"),
+        ("  with the MLP removed", f"{row['ce_zero_ablation']:.4f}  ({lost:+.4f})"),
         ("recovered", f"{row['ce_recovered']:.1%}"),
         ("KL divergence", f"{row['kl']:.4f} nats"),
         ("normalised MSE per token", f"{row['nmse']:.3f}"),
@@ -394,7 +394,7 @@ def summary(row: dict[str, Any]) -> list[tuple[str, str]]:
         ("ce_shuffled_gate", "gate shuffled"),
         ("ce_shuffled_gate_matched", "gate shuffled, norms kept"),
     ):
-        lines.append((label, f"+{row[name] - row['ce_original']:.4f} nats"))
+        lines.append((label, f"{row[name] - row['ce_original']:+.4f} nats"))
     return lines
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
+from sae_lens.saes.sae import SAE
 from torch import nn
 from transformer_lens import HookedTransformer
 from transformer_lens.hook_points import HookPoint
@@ -80,6 +81,11 @@ def get_mlp(model: Any, layer: int) -> nn.Module:
 def _check_fits(model: Any, layer: int, module: nn.Module) -> None:
     get_mlp(model, layer)
     cfg = getattr(module, "cfg", None)
+    if isinstance(module, SAE) and not hasattr(cfg, "d_out"):
+        raise ValueError(
+            f"the replacement for layer {layer} reads what it writes: an SAE is attached to the "
+            "model with add_sae, not put in the place of an MLP"
+        )
     for name in ("d_in", "d_out"):
         width = getattr(cfg, name, None)
         if width is not None and width != model.cfg.d_model:

@@ -9,7 +9,8 @@ samples are judged by how coherent they are among each other and how fluent to t
     evaluate_steering(model, sae, experts, [0.5, 1, 2], x, y_norm)
 
 What an MxD's expert then writes depends on the token: it scales what the hidden units say there.
-``write=contributions(sae, experts, x)`` steers with what it writes where it fires, on any text.
+With ``write=contributions(sae, experts, x)`` it writes, on any text, what it does where its gate
+is largest.
 """
 
 from __future__ import annotations
@@ -187,7 +188,7 @@ def _n_cached(inputs: Sequence[Any], layer: int) -> int:
 def contributions(
     sae: SAE[Any], experts: Sequence[int], x: Float[Tensor, "tokens d_in"]
 ) -> Float[Tensor, "n_experts d_out"]:
-    """What a coefficient of 1 writes to the layer's output, where the expert fires.
+    """What a coefficient of 1 writes to the layer's output, where its gate is largest.
 
     ``W_dec[n]`` for a transcoder or an SAE. What an MxD's expert writes, ``W_dec[n] * (z W_out)``,
     depends on the token: its mean over the 32 tokens of x with the largest gate of that expert.

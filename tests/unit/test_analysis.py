@@ -212,7 +212,7 @@ class TestSteer:
         after = json.loads(path.read_text())["rows"]
         assert after[:4] == before and [row["strength"] for row in after[4:]] == [1.0, 1.0]
         config.prompt = "a dog"
-        with pytest.raises(ValueError, match="other prompt"):
+        with pytest.raises(ValueError, match=r"prompt=.*ask for the same"):
             run_steer(config)
 
     def test_nothing_to_steer(self, config):

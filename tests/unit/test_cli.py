@@ -37,6 +37,11 @@ def test_compare_then_evaluate_all_on_other_text(run, tmp_path):
     ]
     assert all(f"| {row['ce_increase']:.4f} |" in table for row in rows)
 
+    one = folder / "topk-k2-seed0" / "results.json"
+    measured = json.loads(one.read_text())
+    run("evaluate", str(one.parent), "--n_sequences", "4")
+    assert json.loads(one.read_text()) == measured
+
     other = tmp_path / "other.txt"
     other.write_text("\n\n".join(["the dog saw a cat on the mat after the fish"] * 200))
     table = run("evaluate", str(folder), "--dataset", str(other), "--n_sequences", "4")

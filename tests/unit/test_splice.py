@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
 from torch import nn
 
 from mxd_lens.mxd import MxD
@@ -301,6 +302,11 @@ class TestErrors:
     def test_width(self, lm, make_mxd, width):
         with pytest.raises(ValueError, match=f"layer 1 has {width}=8, the model has d_model=16"):
             splice(lm, {1: make_mxd(**{width: 8})})
+
+    def test_an_sae_of_the_output(self, lm):
+        sae = TopKSAE(TopKSAEConfig(d_in=16, d_sae=8, k=2))
+        with pytest.raises(ValueError, match=r"layer 1 reads what it writes: .* add_sae"):
+            splice(lm, {1: sae})
 
     def test_not_a_language_model(self, mxd):
         with pytest.raises(ValueError, match="cannot splice into a Linear"):
