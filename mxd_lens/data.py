@@ -171,7 +171,7 @@ def pairs(store: ActivationsStore, hooks: tuple[str, str]) -> Iterator[Float[Ten
 
 def _pair(acts: dict[str, Tensor], hooks: tuple[str, str]) -> Float[Tensor, "tokens d"]:
     pair = torch.cat([acts[hook].float() for hook in hooks], dim=-1)
-    if not pair.isfinite().all():
+    if not torch.stack(pair.aminmax()).isfinite().all():  # both are nan if one number is
         wrong = [hook for hook in hooks if not acts[hook].isfinite().all()]
         raise NonFiniteActivations(
             f"inf or nan in the activations at {' and '.join(wrong)}: the language model "
