@@ -87,6 +87,7 @@ def page(driver, address):
     reader.width(1200)
     driver.get("about:blank")
     driver.get(address)
+    reader.wait(reader.ids)  # on a busy machine the driver can return before the page is there
     yield reader
     assert reader.console() == []
     assert reader.all("img, iframe") == []
