@@ -249,8 +249,8 @@ def steering(rows: list[dict[str, Any]], unsteered: dict[str, float]) -> go.Figu
         strengths = sorted({row["strength"] for row in points})
         at = [[row for row in points if row["strength"] == strength] for strength in strengths]
         figure.add_scatter(
-            x=[median(row["perplexity"] for row in rows) for rows in at],
-            y=[median(row["coherence"] for row in rows) for rows in at],
+            x=[median(point["perplexity"] for point in same) for same in at],
+            y=[median(point["coherence"] for point in same) for same in at],
             text=[f"{strength:.3g}" for strength in strengths],
             name=html.escape(label(name)),
             legendgroup=name,
