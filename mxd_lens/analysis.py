@@ -5,7 +5,7 @@ Each takes the folder of one run or of a comparison, and keeps what its files al
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -115,11 +115,7 @@ def run_probe(cfg: ProbeConfig) -> list[Path]:
     reports = {path: read_json(path) or {"datasets": {}, "rows": []} for path in runs}
     for path, report in reports.items():
         for data in report["datasets"].keys() & set(cfg.data):
-            if report["datasets"][data]["asked"] != asked:
-                raise ValueError(
-                    f"{path} has probes of {data} with {report['datasets'][data]['asked']}: "
-                    "ask for the same, or delete that file"
-                )
+            _check_alike(f"{data} in {path}", report["datasets"][data]["asked"], asked)
     model = None
     for data in cfg.data:
         missing = [path for path in runs if data not in reports[path]["datasets"]]
@@ -227,8 +223,8 @@ def run_experts(cfg: ExpertsConfig) -> list[Path]:
     paths = {}
     for run in cfg.runs():
         path = paths[run.output] = Path(run.output) / "experts.json"
-        if path.exists() and read_json(path)["asked"] != asked:
-            raise ValueError(f"{path} was made with other options: delete it to make it again")
+        if path.exists():
+            _check_alike(path, read_json(path)["asked"], asked)
     model = None
     for run in cfg.runs():
         path = paths[run.output]
@@ -315,13 +311,10 @@ def run_steer(cfg: SteerConfig) -> list[Path]:
         ValueError: no such layers or units, or a file made with other settings.
     """
     settings = ("edit", "prompt", "n_samples", "n_tokens", "temperature", "seed")
+    asked = {name: getattr(cfg, name) for name in settings}
     for run in cfg.runs():
         path = Path(run.output) / "steering.json"
-        done = read_json(path)
-        different = [name for name in settings if done and done[name] != getattr(cfg, name)]
-        if different:
-            made = ", ".join(f"{name}={done[name]!r}" for name in different)
-            raise ValueError(f"{path} was made with {made}: ask for the same, or delete that file")
+        _check_alike(path, read_json(path) or asked, asked)
     model, paths = None, []
     for run in cfg.runs():
         print(f"\n{run.name}, k = {run.k}, seed {run.seed}", flush=True)
@@ -351,6 +344,14 @@ def run_steer(cfg: SteerConfig) -> list[Path]:
         )
         paths.append(path)
     return paths
+
+
+def _check_alike(what: object, made: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """Raises ValueError if what is on disk was made with other settings than are asked for."""
+    different = [f"{name}={made.get(name)!r}" for name in asked if made.get(name) != asked[name]]
+    if different:
+        made_with = ", ".join(different)
+        raise ValueError(f"{what} was made with {made_with}: ask for the same, or delete that file")
 
 
 def random_units(run: TrainConfig, n: int, seed: int = 0) -> list[int]:
