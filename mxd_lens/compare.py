@@ -7,6 +7,7 @@ finished before everything is.)
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -19,7 +20,7 @@ from sae_lens.saes.sae import SAE
 from mxd_lens import plots
 from mxd_lens.data import Text, load_text
 from mxd_lens.faithfulness import Heldout, evaluate, read_heldout
-from mxd_lens.files import read_json, write_json
+from mxd_lens.files import claim, locked, read_json, remove_unfinished, write_json
 from mxd_lens.models import load_model, mlp_hooks
 from mxd_lens.probing import (
     SCORES,
@@ -31,11 +32,14 @@ from mxd_lens.probing import (
     text_activations,
 )
 from mxd_lens.train import (
+    COMPARISON_FILENAME,
     RunConfig,
     TrainConfig,
+    check_sources,
     claim_folder,
     fill_activations,
     learning_rate,
+    load_dataset,
     load_documents,
     train,
 )
@@ -108,28 +112,50 @@ def compare(cfg: CompareConfig, model: Any = None, dataset: Text | None = None) 
         ValueError, Interrupted: as `train`.
     """
     folder = Path(cfg.output)
-    runs = cfg.runs()
-    finished = {key: _finished_row(run, cfg.probe) for key, run in runs.items()}
-    if not all(finished.values()):
-        model = model or load_model(cfg.model, cfg.model_class, cfg.device)
-        fill_activations(cfg, folder / "activations", model, dataset)
-        heldout = _heldout(cfg, model, load_documents(cfg, dataset)[1], cfg.n_sequences)
-        labelled = _labelled(cfg, model)
-        for n, (key, run) in enumerate(runs.items(), 1):
-            if finished[key]:
-                continue
-            print(
-                f"\n[{n}/{len(runs)}] {plots.label(key[0])}, k = {key[1]}, seed {key[2]}",
-                flush=True,
-            )
-            sae = train(run, model, dataset)
-            row = measure(model, sae, run, heldout) | {"dataset": f"{cfg.dataset} (held out)"}
-            if labelled is not None:
-                row |= {"probe": cfg.probe, **probe_scores(sae, *labelled)}
-            write_json(_results(run), row)
-            finished[key] = row
-            write_results(folder, all_rows(folder))
-    return [row for row in finished.values() if row]
+    with locked(folder):
+        claim_comparison(cfg)
+        dataset = check_sources(cfg, model, dataset)
+        runs = cfg.runs()
+        finished = {key: _finished_row(run, cfg) for key, run in runs.items()}
+        if not all(finished.values()):
+            model = model or load_model(cfg.model, cfg.model_class, cfg.device)
+            dataset = load_dataset(cfg) if dataset is None else dataset
+            check_sources(cfg, model, dataset)
+            fill_activations(cfg, folder / "activations", model, dataset)
+            heldout = _heldout(cfg, model, load_documents(cfg, dataset)[1], cfg.n_sequences)
+            labelled = _labelled(cfg, model)
+            for n, (key, run) in enumerate(runs.items(), 1):
+                if finished[key]:
+                    continue
+                print(
+                    f"\n[{n}/{len(runs)}] {plots.label(key[0])}, k = {key[1]}, seed {key[2]}",
+                    flush=True,
+                )
+                with locked(Path(run.output)):
+                    sae = train(run, model, dataset)
+                    row = measure(model, sae, run, heldout)
+                    row |= {"dataset": f"{cfg.dataset} (held out)"}
+                    if labelled is not None:
+                        row |= {"probe": cfg.probe, "n_probe_texts": cfg.n_probe_texts}
+                        row |= probe_scores(sae, *labelled)
+                    write_json(_results(run), row)
+                finished[key] = row
+                write_results(folder, all_rows(folder))
+        write_results(folder, all_rows(folder))  # a kill may have come before the last one
+        return [row for row in finished.values() if row]
+
+
+def claim_comparison(cfg: CompareConfig) -> None:
+    """Write down what all layers of a comparison share, or compare it with what is there.
+
+    Raises:
+        ValueError: it is another, or the folder holds something else.
+    """
+    shared = [f.name for f in fields(RunConfig) if f.name != "output"] + ["n_sequences"]
+    settings = {name: getattr(cfg, name) for name in shared}
+    writes = (RUNNER_CFG_FILENAME, "activations", "results.json", "results.html")
+    claim(Path(cfg.output), COMPARISON_FILENAME, settings, writes)
+    remove_unfinished(Path(cfg.output))
 
 
 def measure(model: Any, sae: SAE[Any], run: TrainConfig, heldout: Heldout) -> dict[str, Any]:
@@ -163,12 +189,13 @@ def _results(run: TrainConfig) -> Path:
     return Path(run.output) / "results.json"
 
 
-def _finished_row(run: TrainConfig, probe: str | None) -> dict[str, Any] | None:
+def _finished_row(run: TrainConfig, cfg: CompareConfig) -> dict[str, Any] | None:
     row = read_json(_results(run))
     if row is None:
         return None
     claim_folder(run)
-    return row if probe in (None, row.get("probe")) else None
+    probed = (row.get("probe"), row.get("n_probe_texts")) == (cfg.probe, cfg.n_probe_texts)
+    return row if cfg.probe is None or probed else None
 
 
 def _heldout(cfg: RunConfig, model: Any, documents: Text, n_sequences: int) -> Heldout:
@@ -243,8 +270,10 @@ def results_stem(dataset: str | None) -> str:
     """Name of the file with what was measured on a text; None: on the run's own."""
     if dataset is None:
         return "results"
-    name = Path(dataset).stem if Path(dataset).exists() else dataset
-    return "results-" + re.sub(r"[^\w.-]+", "-", name)
+    path, suffix = Path(dataset), ""
+    if path.exists():  # there may be many of one name
+        suffix = "-" + hashlib.sha256(bytes(path.resolve())).hexdigest()[:8]
+    return "results-" + re.sub(r"[^\w.-]+", "-", path.stem if suffix else dataset) + suffix
 
 
 def finished_runs(folder: Path) -> list[TrainConfig]:

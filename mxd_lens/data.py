@@ -6,7 +6,7 @@ the model has filled for many training runs (`cache_pairs`, `cached_pairs`).
 
 from __future__ import annotations
 
-import json
+import zlib
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
@@ -23,6 +23,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorData
 from tqdm.auto import tqdm
 
 from mxd_lens import assets
+from mxd_lens.files import check_same, claim, locked, read_json, remove_unfinished, write_json
 
 Text = Dataset | IterableDataset
 
@@ -198,32 +199,40 @@ def cache_pairs(
 
     ``pairs.bin`` holds rows of d_in + d_out numbers of the dtype that ``cfg.json`` names:
     bfloat16 where the language model runs under autocast, which reads no more of them than that.
-    An interrupted call goes on where it stopped, without the model's reading anything twice.
+    An interrupted call goes on where it stopped, without the model's reading anything twice. Of
+    several processes one fills the folder, and the others wait for it.
 
     Args:
         source: all that decides what the pairs are; recorded, and compared.
 
     Raises:
-        ValueError: too little text, or a folder with the pairs of another source.
+        ValueError: too little text, or a folder with the pairs of another source, damaged ones,
+            or something else.
+        OSError: the disk is full; what has been written counts.
         NonFiniteActivations: the model produced inf or nan.
     """
-    cfg = _read_cache_cfg(folder) or {"source": source, "n_tokens": 0, "n_lm_batches": 0}
-    different = [name for name in source if source[name] != cfg["source"].get(name)]
-    if different:
-        raise ValueError(
-            f"{folder} holds activations with other {', '.join(different)}: "
-            "choose another folder or delete that one"
-        )
-    if cfg["n_tokens"] >= n_tokens:
-        return
-    folder.mkdir(parents=True, exist_ok=True)
+    waiting = f"waiting for another process that is filling {folder} with activations"
+    with locked(folder, waiting):
+        if not (folder / _CACHE_CFG).exists():
+            claim(folder, _CACHE_CFG, {"source": source} | _EMPTY, [_PAIRS])
+        remove_unfinished(folder)
+        cfg = _read_cache_cfg(folder)
+        check_same(f"the cache of activations in {folder}", cfg["source"], source)
+        _check_sum(folder, cfg)
+        if cfg["n_tokens"] < n_tokens:
+            _fill(folder, cfg, store, hooks, n_tokens)
+
+
+def _fill(
+    folder: Path, cfg: dict[str, Any], store: ActivationsStore, hooks: tuple[str, str], n: int
+) -> None:
     dtype = torch.bfloat16 if store.autocast_lm else torch.float32
     special = special_tokens(store.model).to(store.device)
     with (
         (folder / _PAIRS).open("ab") as file,
-        tqdm(desc="Language model", total=n_tokens, initial=cfg["n_tokens"], unit="tok") as bar,
+        tqdm(desc="Language model", total=n, initial=cfg["n_tokens"], unit="tok") as bar,
     ):
-        file.truncate(cfg["n_tokens"] * cfg.get("width", 0) * dtype.itemsize)
+        file.truncate(_n_bytes(cfg))  # what a kill has left is not counted
         for i in count():
             try:
                 tokens = store.get_batch_tokens()
@@ -234,20 +243,42 @@ def cache_pairs(
             acts = store.get_multi_hook_activations(tokens)
             keep = ~torch.isin(tokens, special)
             pair = _pair({hook: acts[hook][keep] for hook in hooks}, hooks)
-            pair.to(dtype).cpu().view(torch.uint8).numpy().tofile(file)
-            file.flush()
+            rows = pair.to(dtype).cpu().view(torch.uint8).numpy().tobytes()
+            try:
+                file.write(rows)
+                file.flush()
+            except OSError as error:
+                raise OSError(f"cannot write {folder / _PAIRS}: {error.strerror}") from error
             cfg |= {
                 "n_tokens": cfg["n_tokens"] + len(pair),
                 "n_lm_batches": i + 1,
                 "width": pair.shape[-1],
                 "dtype": str(dtype).removeprefix("torch."),
+                "crc32": zlib.crc32(rows, cfg["crc32"]),
             }
-            unfinished = folder / f"{_CACHE_CFG}.unfinished"
-            unfinished.write_text(json.dumps(cfg, indent=2))
-            unfinished.replace(folder / _CACHE_CFG)
+            write_json(folder / _CACHE_CFG, cfg)
             bar.update(len(pair))
-            if cfg["n_tokens"] >= n_tokens:
+            if cfg["n_tokens"] >= n:
                 return
+
+
+def _n_bytes(cfg: dict[str, Any]) -> int:
+    return cfg["n_tokens"] * cfg["width"] * getattr(torch, cfg["dtype"]).itemsize
+
+
+def _check_sum(folder: Path, cfg: dict[str, Any]) -> None:
+    """Raises ValueError if the rows that ``cfg.json`` counts are not those that were written."""
+    checksum, left = 0, _n_bytes(cfg)
+    if left:
+        with (folder / _PAIRS).open("rb") as file:
+            while left and (block := file.read(min(left, 1 << 24))):
+                checksum = zlib.crc32(block, checksum)
+                left -= len(block)
+    if left or checksum != cfg["crc32"]:
+        raise ValueError(
+            f"the activations in {folder} are damaged, they are not those that were written: "
+            "delete that folder to compute them again"
+        )
 
 
 def cached_pairs(
@@ -273,15 +304,19 @@ def stored_pairs(folder: Path, n_tokens: int) -> Float[Tensor, "n_tokens d"]:
         ValueError: it holds fewer.
     """
     cfg = _read_cache_cfg(folder)
-    if cfg is None or cfg["n_tokens"] < n_tokens:
+    if cfg["n_tokens"] < n_tokens:
         raise ValueError(f"{folder} does not hold the activations of {n_tokens:,} tokens")
     size, dtype = n_tokens * cfg["width"], getattr(torch, cfg["dtype"])
     return torch.from_file(str(folder / _PAIRS), size=size, dtype=dtype).view(n_tokens, -1)
 
 
-def _read_cache_cfg(folder: Path) -> dict[str, Any] | None:
-    path = folder / _CACHE_CFG
-    return json.loads(path.read_text()) if path.exists() else None
+def _read_cache_cfg(folder: Path) -> dict[str, Any]:
+    """What ``cfg.json`` says of the pairs; that there are none where there is no such file."""
+    cfg = read_json(folder / _CACHE_CFG)
+    if cfg is not None and cfg.keys() != {"source", *_EMPTY}:
+        raise ValueError(f"{folder} holds something else than cached activations: name another")
+    return cfg or _EMPTY
 
 
 _PAIRS, _CACHE_CFG = "pairs.bin", "cfg.json"
+_EMPTY = {"n_tokens": 0, "n_lm_batches": 0, "width": 0, "dtype": "float32", "crc32": 0}

@@ -1,10 +1,21 @@
-"""Results on disk: JSON that is whole or not there."""
+"""What is written to disk: whole or not there, by one process at a time, never over another's."""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+
+LOCK = ".mxd-lens.lock"
+_UNFINISHED = ".unfinished"
 
 
 def read_json(path: Path) -> Any:
@@ -22,8 +33,132 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
-    """Write a file, under its name only once it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    unfinished.write_text(json.dumps(value, indent=indent) + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    """Write a value as JSON, see `whole`."""
+    write_text(path, json.dumps(value, indent=indent) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text as UTF-8, see `whole`; half of a surrogate pair becomes a question mark."""
+    with whole(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8", errors="replace")
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A temporary path beside this one, for a file or a folder, that takes its place in the end.
+
+    Whatever stops the block, a kill included, leaves at `path` what was there before. What a
+    kill leaves of the temporary one, `remove_unfinished` removes.
+
+    Raises:
+        OSError: it cannot be written, because the disk is full for one; says which file.
+    """
+    unfinished = _beside(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield unfinished
+        unfinished.replace(path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors, disk full
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise OSError(f"cannot write {path}: {reason}") from error
+    finally:
+        _remove(unfinished)
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder; a kill leaves nothing of it under its name."""
+    doomed = _beside(folder)
+    folder.replace(doomed)
+    _remove(doomed)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what killed processes have left of `whole` and `discard` here.
+
+    The caller has `locked` it.
+    """
+    for path in folder.glob(f".*.*{_UNFINISHED}"):
+        _remove(path)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}{_UNFINISHED}")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(folder: Path, waiting: str | None = None) -> Iterator[None]:
+    """Work in a folder as the only process. A process may lock what it has locked already.
+
+    Args:
+        waiting: what to say while another process is at work there; None: raise.
+
+    Raises:
+        ValueError: another process is at work there, or the path is that of a file.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise ValueError(f"{folder} is a file: choose another folder") from error
+    lock = FileLock(folder.resolve() / LOCK, is_singleton=True)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        if waiting is None:
+            raise ValueError(
+                f"another mxd-lens process is at work in {folder}: wait until it is done, "
+                "or choose another folder"
+            ) from error
+        print(waiting, file=sys.stderr, flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def claim(folder: Path, marker: str, settings: dict[str, Any], writes: Sequence[str]) -> None:
+    """Make a folder that of a run with these settings, or find that it is; it is `locked`.
+
+    Args:
+        marker: the file in it that holds the settings, and by which it is known.
+        writes: what the run writes there.
+
+    Raises:
+        ValueError: the folder is that of a run with other settings, or holds something of
+            somebody else's that would be overwritten.
+    """
+    path = folder / marker
+    if path.exists():
+        check_same(folder, read_json(path), settings)
+        return
+    for name in writes:
+        if os.path.lexists(folder / name):
+            raise ValueError(
+                f"{folder} holds something else, with {name} in it: choose another folder"
+            )
+    write_json(path, settings)
+
+
+def check_same(what: object, made: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """Refuse to go on with what was made in another way than is asked for.
+
+    Raises:
+        ValueError: a setting that both know differs.
+    """
+    different = [name for name in asked if name in made and made[name] != asked[name]]
+    if different:
+        theirs, ours = (
+            ", ".join(f"{name}={settings[name]!r}" for name in different)
+            for settings in (made, asked)
+        )
+        raise ValueError(
+            f"{what} was made with {theirs}, and this asks for {ours}: ask for the same, "
+            "or move it away"
+        )

@@ -16,6 +16,8 @@ from jaxtyping import Float
 from plotly.colors import qualitative
 from torch import Tensor
 
+from mxd_lens.files import write_text
+
 
 def losses(row: dict[str, Any]) -> go.Figure:
     """Cross-entropy increase over the original model, for the layer and its ablations."""
@@ -326,7 +328,8 @@ def _write(path: Path, title: str, figures: list[go.Figure], text: str, tables: 
         for i, figure in enumerate(figures)
     )
     title = html.escape(title)
-    path.write_text(
+    write_text(
+        path,
         f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title>
@@ -340,7 +343,6 @@ td {{ text-align: right; font-variant-numeric: tabular-nums; padding-right: 1rem
 </style></head><body><h1>{title}</h1>{text}{plots}{tables}
 </body></html>
 """,
-        encoding="utf-8",
     )
 
 

@@ -20,7 +20,7 @@ from plotly.utils import PlotlyJSONEncoder
 from sae_lens.constants import RUNNER_CFG_FILENAME
 
 from mxd_lens import plots
-from mxd_lens.files import read_json
+from mxd_lens.files import read_json, write_text
 from mxd_lens.train import TrainConfig
 
 TEMPLATE = Path(__file__).with_suffix(".html")
@@ -69,7 +69,7 @@ def write_report(run: Path) -> Path:
     template = TEMPLATE.read_text(encoding="utf-8")
     page = re.sub(r"<!--(\w+)-->", lambda place: parts[place[1]], template)
     path = run / "report.html"
-    path.write_text(page, encoding="utf-8", errors="replace")  # half of a surrogate pair
+    write_text(path, page)
     return path
 
 

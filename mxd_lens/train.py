@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 import threading
 from collections.abc import Iterator
@@ -20,11 +19,10 @@ from sae_lens.constants import RUNNER_CFG_FILENAME, SPARSITY_FILENAME
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.sae import SAE, SAEMetadata, TrainingSAE, TrainingSAEConfig
 from sae_lens.saes.topk_sae import TopKTrainingSAE
-from sae_lens.training.sae_trainer import SAETrainer
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from mxd_lens.checkpoints import CheckpointedTrainer, drop_checkpoints
 from mxd_lens.data import (
     NonFiniteActivations,
     Text,
@@ -35,11 +33,17 @@ from mxd_lens.data import (
     pairs,
     split_documents,
 )
+from mxd_lens.files import claim, locked, read_json, remove_unfinished, whole, write_json
+from mxd_lens.fingerprint import model_fingerprint, text_fingerprint
+from mxd_lens.interrupts import Interrupted
 from mxd_lens.matching import matched_d_sae
 from mxd_lens.models import ModelClass, load_model, mlp_hooks
 from mxd_lens.mxd import Recipe, TrainingMxD, read_mlp
 from mxd_lens.splice import get_mlp
 from mxd_lens.topk_sae import SparseTopKTrainingSAE
+
+COMPARISON_FILENAME = "comparison.json"
+"""What says that a folder is that of a comparison."""
 
 BEST_LR = {
     "mxd": 3e-3,
@@ -162,15 +166,14 @@ class TrainConfig(RunConfig):
         return Path(self.output) / "layer"
 
 
-class Interrupted(KeyboardInterrupt):
-    """Training was stopped by a signal; a checkpoint has been saved."""
-
-
 def load_documents(cfg: RunConfig, dataset: Text | None = None) -> tuple[Text, Text]:
     """The run's (training, held-out) documents."""
-    if dataset is None:
-        dataset = load_text(cfg.dataset, cfg.dataset_split, cfg.text_column, cfg.streaming)
-    return split_documents(dataset, cfg.heldout_documents)
+    return split_documents(load_dataset(cfg) if dataset is None else dataset, cfg.heldout_documents)
+
+
+def load_dataset(cfg: RunConfig) -> Text:
+    """The run's documents."""
+    return load_text(cfg.dataset, cfg.dataset_split, cfg.text_column, cfg.streaming)
 
 
 def train(cfg: TrainConfig, model: Any = None, dataset: Text | None = None) -> SAE[Any]:
@@ -187,14 +190,24 @@ def train(cfg: TrainConfig, model: Any = None, dataset: Text | None = None) -> S
 
     Raises:
         ValueError: anything about model, layer, text or configuration that cannot work, the
-            output folder of another run, or a checkpoint that cannot be read.
+            output folder of another run or process, a run that was begun with another model or
+            text, or a checkpoint that cannot be read.
+        OSError: the disk is full; the run can be resumed.
         Interrupted: a signal came; the run can be resumed.
     """
-    claim_folder(cfg)
-    if (cfg.layer_path / "cfg.json").exists():
-        return SAE.load_from_disk(cfg.layer_path, device=cfg.device)
-    if model is None:
-        model = load_model(cfg.model, cfg.model_class, cfg.device)
+    with locked(Path(cfg.output)):
+        claim_folder(cfg)
+        dataset = check_sources(cfg, model, dataset)
+        if (cfg.layer_path / "cfg.json").exists():
+            drop_checkpoints(_checkpoints(cfg), settings(cfg))
+            return SAE.load_from_disk(cfg.layer_path, device=cfg.device)
+        if model is None:
+            model = load_model(cfg.model, cfg.model_class, cfg.device)
+            check_sources(cfg, model, dataset)
+        return _train(cfg, model, dataset)
+
+
+def _train(cfg: TrainConfig, model: Any, dataset: Text | None) -> SAE[Any]:
     hooks = mlp_hooks(model, cfg.layer)
     mlp_weights = read_mlp(get_mlp(model, cfg.layer))
     if cfg.activations is None:
@@ -216,16 +229,11 @@ def train(cfg: TrainConfig, model: Any = None, dataset: Text | None = None) -> S
         batches = (batch[:, mlp.d_in :] for batch in batches)
 
     stop = threading.Event()
-    trainer = SAETrainer(
-        _trainer_config(cfg),
-        sae,
-        _until(stop, batches),
-        save_checkpoint_fn=lambda checkpoint_path: _complete(cfg, checkpoint_path),
-    )
+    trainer = CheckpointedTrainer(_trainer_config(cfg), sae, _until(stop, batches), settings(cfg))
     for group in trainer.optimizer.param_groups:
         group["fused"] = True  # the same Adam in a third of the time
     trainer._update_pbar = partial(trainer._update_pbar, update_interval=10)
-    _resume(cfg, trainer)
+    trainer.resume()
     try:
         with _stopping(stop):
             trainer.fit()
@@ -254,10 +262,13 @@ def fill_activations(
         ValueError: as `train` does, or the folder holds those of another model, layer or text.
     """
     hooks = mlp_hooks(model, cfg.layer)
+    dataset = load_dataset(cfg) if dataset is None else dataset
     documents, _ = load_documents(cfg, dataset)
     decisive = "model layer dataset dataset_split text_column context_size lm_batch_size"
     decisive += " heldout_documents model_class autocast"
     source = {name: getattr(cfg, name) for name in decisive.split()}
+    source["model_fingerprint"] = model_fingerprint(model)
+    source["text_fingerprint"] = text_fingerprint(dataset)
     store = _store(cfg, model, documents, hooks)
     cache_pairs(Path(folder), store, hooks, cfg.steps * cfg.batch_size, source)
 
@@ -369,58 +380,52 @@ def _checkpoints(cfg: TrainConfig) -> Path:
     return Path(cfg.output) / "checkpoints"
 
 
+def settings(cfg: TrainConfig) -> dict[str, Any]:
+    """What a run is known by: all but where it and its activations are."""
+    return {k: v for k, v in asdict(cfg).items() if k not in ("output", "activations")}
+
+
 def claim_folder(cfg: TrainConfig) -> None:
     """Write the configuration down, or compare it with the one of the run that is there.
 
     Raises:
-        ValueError: it is another.
+        ValueError: it is another, or the folder holds something else.
     """
-    path = Path(cfg.output) / RUNNER_CFG_FILENAME
-    mine = {name: value for name, value in asdict(cfg).items() if name != "output"}
-    if path.exists():
-        theirs = json.loads(path.read_text())
-        different = [n for n in mine if n != "activations" and mine[n] != theirs.get(n)]
-        if different:
-            raise ValueError(
-                f"{cfg.output} holds another run, with other {', '.join(different)}: "
-                "choose another output folder or delete that one"
-            )
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(mine, indent=2))
+    writes = ("layer", "checkpoints", "results.json", "results.html", COMPARISON_FILENAME)
+    claim(Path(cfg.output), RUNNER_CFG_FILENAME, settings(cfg), writes)
+    remove_unfinished(Path(cfg.output))
 
 
-def _complete(cfg: TrainConfig, checkpoint_path: Path | None) -> None:
-    """Mark a checkpoint as whole, as SAELens' runner does, and drop the older ones."""
-    assert checkpoint_path is not None
-    (checkpoint_path / RUNNER_CFG_FILENAME).write_text(json.dumps(asdict(cfg)))
-    for other in checkpoint_path.parent.iterdir():
-        if other != checkpoint_path:
-            shutil.rmtree(other)
+def check_sources(cfg: RunConfig, model: Any = None, dataset: Text | None = None) -> Text | None:
+    """Write down which model and which text a run has, or compare them with what is written.
 
+    Args:
+        model, dataset: where they are loaded. A text in a local file is loaded for this.
 
-def _resume(cfg: TrainConfig, trainer: SAETrainer[Any, Any]) -> None:
-    complete = list(_checkpoints(cfg).glob(f"*/{RUNNER_CFG_FILENAME}"))
-    if not complete:
-        return
-    checkpoint = max((path.parent for path in complete), key=lambda path: int(path.name))
-    try:
-        trainer.load_trainer_state(checkpoint)
-        trainer.sae.load_weights_from_checkpoint(checkpoint)
-    except Exception as error:
+    Returns:
+        The text, where it is loaded now.
+
+    Raises:
+        ValueError: they have changed since the run was begun.
+    """
+    if dataset is None and Path(cfg.dataset).is_file():
+        dataset = load_dataset(cfg)
+    sources = {}
+    if model is not None:
+        sources["model"] = model_fingerprint(model)
+    if dataset is not None:
+        sources["text"] = text_fingerprint(dataset)
+    path = Path(cfg.output) / "sources.json"
+    known = read_json(path) or {}
+    changed = [name for name in sources if known.get(name, sources[name]) != sources[name]]
+    if changed:
         raise ValueError(
-            f"the checkpoint {checkpoint} cannot be read, it is truncated or not of this run "
-            f"({error}): delete it to start over"
-        ) from error
-    # SAETrainer takes its periodic checkpoints before it counts the step they belong to.
-    trainer.n_training_steps = trainer.n_training_samples // cfg.batch_size
-    trainer.checkpoint_thresholds = [
-        threshold
-        for threshold in trainer.checkpoint_thresholds
-        if threshold > trainer.n_training_samples
-    ]
-    for _ in tqdm(range(trainer.n_training_steps), desc="Replaying the batches already seen"):
-        next(trainer.data_provider)
+            f"{cfg.output} was begun with another {' and another '.join(changed)} "
+            f"than {cfg.model!r} and {cfg.dataset!r} are now: choose another folder or delete it"
+        )
+    if sources.keys() - known.keys():
+        write_json(path, known | sources)
+    return dataset
 
 
 def _until(stop: threading.Event, batches: Iterator[Tensor]) -> Iterator[Tensor]:
@@ -453,12 +458,10 @@ def _stopping(stop: threading.Event) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _save(cfg: TrainConfig, trainer: SAETrainer[Any, Any]) -> SAE[Any]:
-    """The layer in SAELens' inference format, under its name only once it is whole."""
-    unfinished = Path(cfg.output) / "unfinished"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    trainer.sae.save_inference_model(unfinished)
-    save_file({"sparsity": trainer.log_feature_sparsity}, unfinished / SPARSITY_FILENAME)
-    unfinished.replace(cfg.layer_path)
-    shutil.rmtree(_checkpoints(cfg), ignore_errors=True)
+def _save(cfg: TrainConfig, trainer: CheckpointedTrainer) -> SAE[Any]:
+    """The layer in SAELens' inference format."""
+    with whole(cfg.layer_path) as unfinished:
+        trainer.sae.save_inference_model(unfinished)
+        save_file({"sparsity": trainer.log_feature_sparsity}, unfinished / SPARSITY_FILENAME)
+    drop_checkpoints(_checkpoints(cfg), settings(cfg))
     return SAE.load_from_disk(cfg.layer_path, device=cfg.device)

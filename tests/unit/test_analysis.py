@@ -97,7 +97,7 @@ class TestProbe:
         monkeypatch.setattr("mxd_lens.analysis.load_model", None)
         assert [path.read_text() for path in run_probe(config)] == first
         config.n_texts = 20
-        with pytest.raises(ValueError, match=r"n_texts=.*ask for the same, or delete"):
+        with pytest.raises(ValueError, match=r"n_texts=.*ask for the same, or move"):
             run_probe(config)
 
     def test_a_single_run_and_only_one_k(self, config, runs):
@@ -244,6 +244,6 @@ def test_probe_experts_steer_and_report_from_the_shell(runs, labelled, offline, 
     assert capsys.readouterr().out.strip() == str(run / "report.html")
     assert "mxd-lens experts" not in (run / "report.html").read_text()
     with pytest.raises(
-        SystemExit, match=r"experts.json was made with n_tokens=400, sample_tokens=3: ask"
+        SystemExit, match=r"experts.json was made with n_tokens=400, sample_tokens=3, and this"
     ):
         main(["experts", str(run), "--n_tokens", "401"])

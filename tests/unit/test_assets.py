@@ -8,8 +8,10 @@ import hashlib
 import json
 import subprocess
 import sys
+import threading
 import venv
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -85,7 +87,7 @@ def test_fetch_downloads_with_pip_then_never_again(cache, index, monkeypatch, ca
     wheel = dataclasses.replace(make_wheel(index), megabytes=0.1)
     path = assets.fetch(wheel)
     assert path.read_bytes() == (index / wheel.filename).read_bytes()
-    assert [file.name for file in cache.iterdir()] == [wheel.filename]
+    assert [file.name for file in cache.glob("[!.]*")] == [wheel.filename]
     out, err = capsys.readouterr()
     assert out == ""
     assert "fetching tiny-text 1.0 (0.1 MB)" in err
@@ -122,7 +124,7 @@ def test_a_wrong_hash_names_file_expected_and_got(cache, tmp_path, monkeypatch):
     got = hashlib.sha256(b"something else").hexdigest()
     check_sentence(caught, wheel.filename, wheel.sha256, got)
     assert len(runs) == 1
-    assert not list(cache.iterdir())
+    assert not list(cache.glob("[!.]*"))
 
 
 def test_a_wheel_the_index_lacks(cache, index):
@@ -136,7 +138,7 @@ def test_a_wheel_the_index_lacks(cache, index):
         str(cache),
     )
     assert isinstance(caught.value.__cause__, subprocess.CalledProcessError)
-    assert not list(cache.iterdir())
+    assert not list(cache.glob("[!.]*"))
 
 
 def test_pip_missing(tmp_path, monkeypatch):
@@ -181,7 +183,7 @@ def test_each_failure_is_one_sentence_with_its_cause(cache, monkeypatch, error, 
         assets.fetch(Wheel("tiny-text", "1.0", "0" * 64))
     check_sentence(caught, part, "tiny-text 1.0", str(cache))
     assert caught.value.__cause__ is error
-    assert not list(cache.iterdir())
+    assert not list(cache.glob("[!.]*"))
 
 
 @pytest.mark.parametrize("below", ["", "deeper"])
@@ -212,20 +214,46 @@ def test_smollm2_is_converted_once_and_the_gguf_deleted(cache, gguf_wheel, monke
     model = assets.smollm2_dir()
     assert model == cache / "smollm2-135m-instruct"
     assert [file.name for file in model.iterdir()] == ["config.json"]
-    assert {file.name for file in cache.iterdir()} == {model.name, gguf_wheel.filename}
+    assert {file.name for file in cache.glob("[!.]*")} == {model.name, gguf_wheel.filename}
 
     monkeypatch.setattr(assets, "_convert", fail_with(AssertionError("converted twice")))
     assert assets.smollm2_dir() == model
 
 
-def test_of_two_conversions_at_once_the_first_to_finish_stays(cache, gguf_wheel, monkeypatch):
+def test_of_two_conversions_at_once_the_second_waits_for_the_first(cache, gguf_wheel, monkeypatch):
+    begun, go_on, conversions = threading.Event(), threading.Event(), []
+
     def convert(gguf: Path, folder: Path) -> None:
-        for whose, name in ((cache / "smollm2-135m-instruct", "theirs"), (folder, "ours")):
-            whose.mkdir()
-            (whose / "config.json").write_text(name)
+        conversions.append(gguf)
+        begun.set()
+        assert go_on.wait(60)
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
 
     monkeypatch.setattr(assets, "_convert", convert)
-    assert (assets.smollm2_dir() / "config.json").read_text() == "theirs"
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(assets.smollm2_dir)
+        assert begun.wait(60)
+        second = pool.submit(assets.smollm2_dir)
+        with pytest.raises(TimeoutError):
+            second.result(timeout=0.3)
+        go_on.set()
+        assert first.result(60) == second.result(60)
+    assert len(conversions) == 1
+
+
+def test_what_a_killed_process_has_left_is_removed(cache, gguf_wheel, monkeypatch):
+    left = cache / "unfinished-8h2k"
+    left.mkdir()
+    (left / "half.gguf").write_text("half")
+
+    def convert(gguf: Path, folder: Path) -> None:
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+
+    monkeypatch.setattr(assets, "_convert", convert)
+    assets.smollm2_dir()
+    assert not left.exists()
 
 
 @pytest.mark.parametrize(
@@ -248,7 +276,7 @@ def test_a_broken_conversion_leaves_no_model(cache, gguf_wheel, monkeypatch, err
     if expected is AssetError:
         check_sentence(caught, "the disk is full", "SmolLM2-135M-Instruct")
         assert caught.value.__cause__ is error
-    assert [file.name for file in cache.iterdir()] == [gguf_wheel.filename]
+    assert [file.name for file in cache.glob("[!.]*")] == [gguf_wheel.filename]
 
 
 def test_minilm_is_unpacked_once(cache, monkeypatch):
@@ -260,7 +288,7 @@ def test_minilm_is_unpacked_once(cache, monkeypatch):
     model = assets.minilm_dir()
     files = {path.relative_to(model).as_posix() for path in model.rglob("*") if path.is_file()}
     assert files == members.keys()
-    assert {file.name for file in cache.iterdir()} == {model.name, wheel.filename}
+    assert {file.name for file in cache.glob("[!.]*")} == {model.name, wheel.filename}
 
     monkeypatch.setattr(assets, "fetch", fail_with(AssertionError("fetched twice")))
     assert assets.minilm_dir() == model

@@ -45,11 +45,12 @@ def test_compare_then_evaluate_all_on_other_text(run, tmp_path):
     other = tmp_path / "other.txt"
     other.write_text("\n\n".join(["the dog saw a cat on the mat after the fish"] * 200))
     table = run("evaluate", str(folder), "--dataset", str(other), "--n_sequences", "4")
-    again = json.loads((folder / "results-other.json").read_text())
+    (found,) = folder.glob("results-other-*.json")
+    again = json.loads(found.read_text())
     assert [row["k"] for row in again] == [row["k"] for row in rows]
     assert all(row["dataset"] == str(other) for row in again)
     assert all(a["ce_original"] != b["ce_original"] for a, b in zip(again, rows, strict=True))
-    assert (folder / "results-other.html").exists()
+    assert found.with_suffix(".html").exists()
     with pytest.raises(SystemExit, match="say on which --dataset"):
         run("evaluate", str(folder))
 

@@ -94,7 +94,7 @@ class TestCachedActivations:
 
     def test_other_activations_are_not_mistaken_for_these(self, fill):
         fill(50)
-        with pytest.raises(ValueError, match="holds activations with other model"):
+        with pytest.raises(ValueError, match="made with model='tiny', and this asks for"):
             fill(50, source={"model": "large"})
 
     def test_more_than_there_are(self, fill):
@@ -137,7 +137,7 @@ def test_a_finished_comparison_is_only_read(make_compare, tiny_bridge, documents
     rows = compare(cfg, tiny_bridge, documents)
     with at_step(0, lambda: pytest.fail("trained again")):
         assert compare(cfg) == rows
-    with pytest.raises(ValueError, match="holds another run, with other lr"):
+    with pytest.raises(ValueError, match="made with lr=None, and this asks for lr="):
         compare(make_compare(architectures=["topk_transcoder"], k=[2], lr=1e-4), tiny_bridge)
 
 

@@ -136,7 +136,7 @@ def test_a_finished_run_is_loaded_and_another_one_is_not_overwritten(
     with at_step(0, lambda: pytest.fail("trained again")):
         again = train(make_config(), tiny_bridge, documents)
     assert_same(weights(first), weights(again))
-    with pytest.raises(ValueError, match="holds another run, with other k, seed"):
+    with pytest.raises(ValueError, match="k=3, seed=0, and this asks for k=2, seed=1"):
         train(make_config(k=2, seed=1), tiny_bridge, documents)
 
 
