@@ -4,9 +4,9 @@ Importing this package registers the architectures ``mxd``, ``topk_transcoder`` 
 ``topk_skip_transcoder`` with SAELens, so that ``SAE.load_from_disk`` and its trainer know them.
 """
 
-from mxd_lens import interrupts
+from mxd_lens import startup
 
-interrupts.while_importing()
+startup.prepare()
 
 from mxd_lens.compare import CompareConfig, compare
 from mxd_lens.data import load_text, split_documents

@@ -16,7 +16,7 @@ from simple_parsing import ArgumentParser
 from simple_parsing import field as argument
 from transformers.utils.logging import disable_progress_bar
 
-from mxd_lens import interrupts, plots
+from mxd_lens import plots, startup
 from mxd_lens.analysis import (
     AnalysisConfig,
     ExpertsConfig,
@@ -266,7 +266,7 @@ def main(arguments: list[str] | None = None) -> None:
         command.add_arguments(config, dest="cfg", default=values)
     disable_progress_bar()
     try:
-        interrupts.while_working()
+        startup.raise_on_signals()
         chosen = parser.parse_args(arguments)
         if getattr(chosen, "dry_run", False):
             if preset is None:

@@ -35,11 +35,11 @@ from mxd_lens.data import (
 )
 from mxd_lens.files import claim, locked, read_json, remove_unfinished, whole, write_json
 from mxd_lens.fingerprint import model_fingerprint, text_fingerprint
-from mxd_lens.interrupts import Interrupted
 from mxd_lens.matching import matched_d_sae
 from mxd_lens.models import ModelClass, load_model, mlp_hooks
 from mxd_lens.mxd import Recipe, TrainingMxD, read_mlp
 from mxd_lens.splice import get_mlp
+from mxd_lens.startup import Interrupted
 from mxd_lens.topk_sae import SparseTopKTrainingSAE
 
 COMPARISON_FILENAME = "comparison.json"

@@ -21,8 +21,8 @@ from mxd_lens.compare import results_stem
 from mxd_lens.data import activations_store, cache_pairs, stored_pairs
 from mxd_lens.files import locked, write_json
 from mxd_lens.fingerprint import model_fingerprint, text_fingerprint
-from mxd_lens.interrupts import Interrupted
 from mxd_lens.models import mlp_hooks
+from mxd_lens.startup import Interrupted
 from mxd_lens.train import claim_folder
 
 from ..conftest import TINY_RUN, randomise

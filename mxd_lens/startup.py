@@ -1,0 +1,79 @@
+"""Before the imports that take seconds: installed versions, and signals while they last."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from packaging.specifiers import SpecifierSet
+
+KNOWN_WRONG = [
+    (
+        "transformers",
+        ">=5.24",  # renames attention's past_key_values, which TransformerBridge 3.9 looks for
+        "with it a TransformerBridge generates without its KV cache, and so without the text",
+    ),
+]
+"""Package, versions, and what is wrong with them."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal came; what was finished is on disk."""
+
+    def __init__(self, said: str, number: int = signal.SIGINT):
+        super().__init__(said)
+        self.number = number
+
+
+def prepare() -> None:
+    """Refuse versions that are known to be wrong; in the command, end quietly on signals.
+
+    Raises:
+        ImportError: one of `KNOWN_WRONG` is installed; the command exits with that sentence.
+    """
+    command = Path(sys.argv[0]).name in ("mxd-lens", "-m")
+    if command:
+        _handle(_leave, _leave)
+    try:
+        check_versions()
+    except ImportError as error:
+        if command:
+            sys.exit(f"mxd-lens: {error}")
+        raise
+
+
+def check_versions() -> None:
+    """Raises ImportError if one of `KNOWN_WRONG` is installed."""
+    for package, versions, why in KNOWN_WRONG:
+        installed = metadata.version(package)
+        if SpecifierSet(versions).contains(installed, prereleases=True):
+            allowed = versions.replace(">=", "<")
+            raise ImportError(
+                f"{package} {installed} is installed, and {why}: "
+                f"run `{sys.executable} -m pip install '{package}{allowed}'`"
+            )
+
+
+def raise_on_signals() -> None:
+    """Raise, so that what has been begun is left whole; SIGTERM like Ctrl-C."""
+    _handle(signal.default_int_handler, _raise)
+
+
+def _handle(on_interrupt: Any, on_terminate: Any) -> None:
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, on_interrupt)
+        signal.signal(signal.SIGTERM, on_terminate)
+
+
+def _leave(number: int, _: Any) -> None:
+    os.write(2, b"\nmxd-lens: interrupted\n")
+    os._exit(128 + number)
+
+
+def _raise(number: int, _: Any) -> None:
+    raise Interrupted("terminated; the same command goes on with what is not finished", number)
