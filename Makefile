@@ -3,7 +3,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test unit search search-recipe bench bench-train format check-format check-type setup clean
+# A release that also comes as a CPU build: where the index has that, pip takes no CUDA packages.
+TORCH := torch==2.13.0
+
+.PHONY: demo test unit test-lowest test-newest torture lock search search-recipe bench bench-train \
+	format check-format check-type setup clean
 
 demo: setup
 	$(BIN)/mxd-lens demo
@@ -13,6 +17,42 @@ test: setup
 
 unit: setup
 	$(BIN)/pytest tests/unit
+
+# The unit tests at an end of pyproject.toml's ranges, in an environment of their own.
+test-lowest: ends/lowest.txt
+	$(call test_at,lowest)
+
+test-newest: ends/newest.txt
+	$(call test_at,newest)
+
+define test_at
+$(BIN)/uv venv --quiet --clear --seed --python $(BIN)/python ends/$(1)
+$(BIN)/uv pip install --quiet --python ends/$(1) -c ends/$(1).txt -e '.[dev]'
+ends/$(1)/bin/python -m pytest tests/unit
+endef
+
+ends/lowest.txt: pyproject.toml .venv/uv
+	mkdir -p ends
+	$(COMPILE) --resolution lowest-direct --python $(BIN)/python -o $@
+
+ends/newest.txt: pyproject.toml .venv/uv
+	mkdir -p ends
+	$(COMPILE) --upgrade --python $(BIN)/python -o $@
+
+# Kills, full disks and two processes at once, on real commands; mounts a tmpfs, so wants root.
+torture: setup
+	$(BIN)/pytest tests/torture
+
+# Newer versions of everything, for development and for the targets above.
+lock: .venv/uv
+	echo '$(TORCH)' | $(COMPILE) --universal --python-version 3.10 --upgrade -c /dev/stdin \
+		--custom-compile-command 'make lock' -o requirements.lock
+
+COMPILE = $(BIN)/uv pip compile pyproject.toml --extra dev --no-annotate --quiet
+
+.venv/uv: .venv/installed
+	$(BIN)/pip install 'uv>=0.9'
+	touch $@
 
 search: setup
 	$(BIN)/python tests/benchmarks/search_lr.py
@@ -40,11 +80,11 @@ check-type: setup
 
 setup: .venv/installed
 
-.venv/installed: pyproject.toml constraints.txt
+.venv/installed: pyproject.toml requirements.lock
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "mxd-lens needs python 3.10 or newer")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install -c requirements.lock -e '.[dev]'
 	touch $@
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv ends runs
