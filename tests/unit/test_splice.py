@@ -170,7 +170,7 @@ class TestHooks:
     def test_gradients_reach_the_layer_and_the_model(self, lm, mxd, tokens):
         with splice(lm, {1: mxd}):
             lm(tokens).square().mean().backward()
-        assert mxd.W_out.grad.abs().max() > 0 and mxd.W_enc.grad.abs().max() > 0
+        assert mxd.W_shared.grad.abs().max() > 0 and mxd.W_enc.grad.abs().max() > 0
 
     @pytest.mark.parametrize("name", PLAIN_BRIDGES)
     def test_looking_at_the_hooks_warns_of_nothing(self, lm, mxd, tokens):
