@@ -25,6 +25,15 @@ def test_all_architectures_have_as_many_parameters(name, architecture):
     assert total == pytest.approx(PARAMETER_COUNTS[name], rel=1e-3)
 
 
+def test_layers_and_learning_rates_are_the_papers():
+    assert {name: (preset.layer, preset.lr) for name, preset in PRESETS.items()} == {
+        "gpt2-124m": (8, 1e-4),
+        "pythia-410m": (15, 2e-4),
+        "pythia-1.4b": (12, 2e-4),
+        "llama-3.2-3b": (12, 1e-4),
+    }
+
+
 def test_the_command_shows_the_papers_recipe(capsys):
     main(["train", "--preset", "gpt2-124m", "--dry_run", "--k", "64", "--output", "elsewhere"])
     shown = json.loads(capsys.readouterr().out)
