@@ -31,6 +31,13 @@ from mxd_lens.objective import split_pairs, step_output
 Codes: TypeAlias = tuple[Tensor, Tensor] | Tensor
 """Coefficients: values and indices [*batch, k], or dense [*batch, d_sae] where they have hooks."""
 
+_CLOSURES = {
+    "reshape_fn_in",
+    "reshape_fn_out",
+    "run_time_activation_norm_fn_in",
+    "run_time_activation_norm_fn_out",
+}
+
 _FORWARDS: dict[type[nn.Module], Any] = {
     kind: kind.forward for kind in (HookPoint, SparseHookPoint)
 }
@@ -97,8 +104,8 @@ def decode_codes(
 def _of_a_plain_mlp(name: str) -> property:
     def read(layer: Any) -> Tensor:
         raise RuntimeError(
-            f"{type(layer).__name__} has no {name}: it is not the plain MLP whose neurons write "
-            "W_out, so nothing that reads an MLP's weights is right of it"
+            f"{type(layer).__name__} has no {name}: it is not act(x W_in + b_in) W_out, so what "
+            "reads an MLP's weights would be wrong about it"
         )
 
     return property(read)
@@ -267,8 +274,15 @@ class TopKLayer(SAE[Any]):
         self.cfg.dtype, self.cfg.device = dtype_to_str(self.dtype), str(self.device)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy takes along: not the input of an encode still to be decoded."""
-        return self.__dict__ | {"_to_decode": None}
+        """What a copy takes along: neither the input of an encode still to be decoded, nor SAELens'
+        closures, which cannot be pickled."""
+        state = {name: value for name, value in self.__dict__.items() if name not in _CLOSURES}
+        return state | {"_to_decode": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.turn_off_forward_pass_hook_z_reshaping()
+        self._setup_activation_normalization()
 
     def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
         state_dict["W_enc"] = state_dict["W_enc"].contiguous()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -552,12 +553,24 @@ class TestOfAnotherWidth:
         assert len(seen) == 1 and torch.equal(seen[0], x)
 
 
+def pre_of(layer: Any, x: Tensor) -> Tensor:
+    return layer.run_with_cache(x)[1]["hook_sae_acts_pre"]
+
+
 class TestCopies:
     def test_a_deep_copy_is_independent(self, layer, x):
         twin = copy.deepcopy(layer)
         expected = layer(x)
         layer.to(torch.float32)
         assert twin.cfg.dtype == "float64" and torch.equal(twin(x), expected)
+
+    def test_a_pickled_one_is_the_same(self, layer, x):
+        layer.encode(x)  # whose input is not taken along
+        twin = pickle.loads(pickle.dumps(layer))
+        assert type(twin) is type(layer) and twin.cfg == layer.cfg
+        assert torch.equal(twin(x), layer(x))
+        assert torch.equal(pre_of(twin, x), pre_of(layer, x))
+        assert torch.equal(twin.process_sae_in(x), x)
 
     def test_a_state_dict_on_disk(self, kind, layer, x, tmp_path):
         torch.save(layer.state_dict(), tmp_path / "layer.pt")

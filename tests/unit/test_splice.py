@@ -336,6 +336,15 @@ class TestProcessedWeights:
         with pytest.raises(ValueError, match=r"trained on unprocessed weights"):
             splice(lm, {1: mxd})
 
+    @pytest.mark.parametrize("name", ["tiny_bridge", "tiny_bridge_gpt2"])
+    def test_a_bridges_older_names_alone_are_no_processing(self, lm, mxd, tokens):
+        mxd.cfg.metadata = SAEMetadata(model_name="tiny")
+        with splice(lm, {1: mxd}):
+            expected = lm(tokens)
+        lm.enable_compatibility_mode(no_processing=True)
+        with splice(lm, {1: mxd}):
+            close(lm(tokens), expected)
+
     def test_the_mlps_own_mxd_changes_nothing(self, lm, tokens):
         process(lm)
         expected = lm(tokens)
