@@ -645,7 +645,7 @@ def _last_logits(
 def spectrum(sae: SAE[Any], n: int) -> Float[Tensor, "rank"]:
     """Singular values, largest first, of the linear map of expert n.
 
-    An MxD's maps the hidden units to the output, ``W_out diag(W_dec[n])``; a transcoder's or an
+    An MxD's maps the hidden units to the output, ``W_shared diag(W_dec[n])``; a transcoder's or an
     SAE's maps the input to the output, ``W_enc[:, n] W_dec[n]``, and has one.
     """
     if isinstance(sae, MxD):
@@ -657,20 +657,20 @@ def spectrum(sae: SAE[Any], n: int) -> Float[Tensor, "rank"]:
 def ranks(sae: SAE[Any]) -> tuple[Int[np.ndarray, "d_sae"], Float[np.ndarray, "d_sae"]]:
     """Rank and effective rank of every expert's linear map, as in `spectrum`.
 
-    The rank of an MxD's expert is W_out's where ``W_dec[n]`` has no zero (paper, lemma 1), and is
+    An MxD's expert has W_shared's rank where ``W_dec[n]`` has no zero (paper, lemma 1), and is
     computed otherwise. The effective rank is the participation ratio of the squared singular
     values ``s^2``, ``(sum s^2)^2 / sum s^4``: m if m are equal and the others zero. With
-    ``G = W_out^T W_out`` and ``c = W_dec[n]``, ``sum s^2 = c^2 diag(G)`` and
+    ``G = W_shared^T W_shared`` and ``c = W_dec[n]``, ``sum s^2 = c^2 diag(G)`` and
     ``sum s^4 = c^2 (G * G) c^2``, so that no expert needs a decomposition.
     """
     if not isinstance(sae, MxD):
         zero = (sae.W_enc.norm(dim=0) * sae.W_dec.norm(dim=1) == 0).cpu().numpy()
         return np.where(zero, 0, 1), np.where(zero, 0.0, 1.0)
-    W_out, square = sae.W_out.cpu().double(), sae.W_dec.cpu().double().square()
-    gram = W_out.T @ W_out
+    W_shared, square = sae.W_shared.cpu().double(), sae.W_dec.cpu().double().square()
+    gram = W_shared.T @ W_shared
     second, fourth = square @ gram.diagonal(), (square @ gram.square() * square).sum(-1)
     effective = torch.where(fourth > 0, second.square() / fourth, 0.0)
-    rank = torch.linalg.matrix_rank(sae.W_out.float()).repeat(sae.cfg.d_sae)
+    rank = torch.linalg.matrix_rank(sae.W_shared.float()).repeat(sae.cfg.d_sae)
     for n in (sae.W_dec == 0).any(-1).nonzero()[:, 0]:
         rank[n] = torch.linalg.matrix_rank(sae.expert_weights(int(n)).float())
     return rank.cpu().numpy(), effective.numpy()
@@ -680,11 +680,11 @@ def ranks(sae: SAE[Any]) -> tuple[Int[np.ndarray, "d_sae"], Float[np.ndarray, "d
 def alike(sae: SAE[Any], experts: Int[np.ndarray, "experts"], n: int = 5) -> Ranked:
     """The n of these experts with the weights most alike to each, and the cosine.
 
-    For an MxD the cosine of ``W_out diag(W_dec[n])`` as vectors, which is that of
-    ``W_dec[n]`` times the norms of W_out's columns; otherwise that of rows of W_dec.
+    For an MxD the cosine of ``W_shared diag(W_dec[n])`` as vectors, which is that of
+    ``W_dec[n]`` times the norms of W_shared's columns; otherwise that of rows of W_dec.
     """
     rows = sae.W_dec[torch.from_numpy(experts).to(sae.device)].float()
-    rows = F.normalize(rows * sae.W_out.float().norm(dim=0) if isinstance(sae, MxD) else rows)
+    rows = F.normalize(rows * sae.W_shared.float().norm(dim=0) if isinstance(sae, MxD) else rows)
     return _nearest(lambda part: rows[part] @ rows.T, experts, n)
 
 

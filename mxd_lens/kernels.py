@@ -44,6 +44,34 @@ def topk_relu(
     return values.relu(), indices
 
 
+def pre_activations(
+    x: Float[Tensor, "*batch d_in"],
+    W_enc: Float[Tensor, "d_in d_sae"],
+    b_enc: Float[Tensor, "d_sae"],
+    *,
+    unit_norm: bool = False,
+    chunk_size: int = 1024,
+) -> Float[Tensor, "*batch d_sae"]:
+    """``x @ W_enc + b_enc``, written out: to the bit what `topk_gate` ranks, in W_enc's dtype.
+
+    Args:
+        unit_norm, chunk_size: as `topk_gate`'s.
+    """
+    W = keep_unit_norm(W_enc.T).T if unit_norm else W_enc
+    tokens, W, b = _operands(x, W, b_enc)
+    pre = torch.cat([torch.addmm(b, read, W) for read in tokens.split(chunk_size)])
+    return pre.to(W_enc.dtype).view(*x.shape[:-1], W.shape[1])
+
+
+def keep_unit_norm(rows: Float[Tensor, "rows d"]) -> Float[Tensor, "rows d"]:
+    """Rows of unit norm, as they are: their gradient has no component along them."""
+    unit = rows.detach()
+    rows = rows.view_as(rows)
+    if rows.requires_grad:
+        rows.register_hook(lambda grad: _tangential_(grad.clone(), unit))
+    return rows
+
+
 def weighted_row_sum(
     weights: Float[Tensor, "*batch k"],
     indices: Int[Tensor, "*batch k"],
@@ -70,14 +98,18 @@ def to_dense(
     return dense.scatter(-1, indices, values)
 
 
+def _operands(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the gate's product: tokens [n, d_in], W_enc, b_enc, in autocast's precision under it."""
+    device = x.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else W_enc.dtype
+    return x.reshape(-1, x.shape[-1]).to(dtype), W_enc.to(dtype), b_enc.to(dtype)
+
+
 class _TopKGate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, W_enc, b_enc, k, unit_norm, chunk_size):
-        # Under autocast the product runs in the lower precision; values return to W_enc's.
-        device = x.device.type
-        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if autocast else W_enc.dtype
-        tokens, W, b = x.reshape(-1, x.shape[-1]).to(dtype), W_enc.to(dtype), b_enc.to(dtype)
+        tokens, W, b = _operands(x, W_enc, b_enc)
         pre = W.new_empty(min(chunk_size, len(tokens)), W.shape[1])
         values = W_enc.new_empty(len(tokens), k)
         indices = torch.empty_like(values, dtype=torch.long)

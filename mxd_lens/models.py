@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 from sae_lens import HookedSAETransformer
@@ -24,7 +25,8 @@ def load_model(
     Args:
         name: a model on the Hugging Face hub, a local folder with one, or ``demo:smollm2``,
             SmolLM2-135M-Instruct from the package index.
-        model_class: a SAETransformerBridge, or the older HookedSAETransformer.
+        model_class: a SAETransformerBridge, or the older HookedSAETransformer, which reads no
+            folder.
 
     Raises:
         ValueError: the model cannot be loaded.
@@ -33,6 +35,11 @@ def load_model(
     if name == DEMO_MODEL:
         load = assets.load_smollm2_bridge if bridged else assets.load_smollm2_hooked
         return load(device=device)
+    if not bridged and (Path(name) / "config.json").exists():
+        raise ValueError(
+            f"a HookedTransformer loads models by their hub name, not the folder {name!r}: "
+            "load it as a TransformerBridge"
+        )
     try:
         if bridged:
             return SAETransformerBridge.boot_transformers(name, device=device)

@@ -3,13 +3,14 @@
 An MxD replaces an MLP or GLU by ``d_sae`` sparsely active experts, each a full-rank linear map
 of the dense hidden units ``z`` (Oldfield et al. 2025, arXiv 2505.21364, section 2)::
 
-    z = act(x W_in + b_in)                              an MLP         [.., d_hidden]
-    z = act(x W_gate + b_gate) * (x W_in + b_in)        a GLU          [.., d_hidden]
+    z = act(x W_hidden + b_hidden)                      an MLP         [.., d_hidden]
+    z = act(x W_hidden_gate + b_hidden_gate) * (x W_hidden + b_hidden)      a GLU
     a = topk_k(relu(x W_enc + b_enc))                   coefficients   [.., d_sae]
-    y = sum_n a_n W_n^T z + b_dec,  W_n = W_out diag(W_dec[n])
-      = (a W_dec) * (z W_out) + b_dec                                  [.., d_out]
+    y = sum_n a_n W_n^T z + b_dec,  W_n = W_shared diag(W_dec[n])
+      = (a W_dec) * (z W_shared) + b_dec                               [.., d_out]
 
-The gate and the experts have SAELens' names, the dense part TransformerLens' names for an MLP.
+The gate and the experts have SAELens' names. The dense part's are not those of TransformerLens'
+MLPs, whose code would take the layer for one whose neurons write rows of W_out.
 """
 
 from __future__ import annotations
@@ -31,8 +32,16 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from transformers.activations import ACT2CLS
 
-from mxd_lens.kernels import topk_gate, topk_relu, weighted_row_sum
-from mxd_lens.layer import TopKLayer, TrainingTopKLayer, check_topk, to_unit_norm_, watched
+from mxd_lens.kernels import pre_activations, topk_gate, topk_relu
+from mxd_lens.layer import (
+    Codes,
+    TopKLayer,
+    TrainingTopKLayer,
+    check_topk,
+    decode_codes,
+    has_hooks,
+    to_unit_norm_,
+)
 from mxd_lens.objective import pair_loss
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -93,23 +102,23 @@ class MxD(TopKLayer):
     Parameters (``cfg.dtype``):
         W_enc [d_in, d_sae], b_enc [d_sae]: the experts' gate.
         W_dec [d_sae, d_out]: one row ``c_n`` per expert.
-        W_in [d_in, d_hidden], b_in [d_hidden] and, for a GLU, W_gate, b_gate of the same shapes:
-            the dense hidden units.
-        W_out [d_hidden, d_out], b_dec [d_out]: the decoder all experts share, the output bias.
+        W_hidden [d_in, d_hidden], b_hidden [d_hidden] and, for a GLU, W_hidden_gate, b_hidden_gate
+            of the same shapes: the dense hidden units.
+        W_shared [d_hidden, d_out], b_dec [d_out]: the decoder all experts share, the output bias.
 
     Hook points, in the order they fire: ``hook_in`` (``hook_sae_input``), ``hook_sae_acts_pre``
     and ``hook_sae_acts_post`` [.., d_sae], ``hook_experts`` (``a W_dec``) [.., d_out],
     ``hook_pre`` and, for a GLU, ``hook_pre_linear``, then ``hook_post`` (z) [.., d_hidden],
-    ``hook_shared`` (``z W_out``) [.., d_out], ``hook_sae_recons``, ``hook_sae_output`` and
-    ``hook_out`` [.., d_out]. Unlooked-at coefficients are never written out densely.
+    ``hook_shared`` (``z W_shared``) [.., d_out], ``hook_sae_recons``, ``hook_sae_output`` and
+    ``hook_out`` [.., d_out].
     """
 
     cfg: MxDConfig
-    W_in: nn.Parameter
-    b_in: nn.Parameter
-    W_gate: nn.Parameter
-    b_gate: nn.Parameter
-    W_out: nn.Parameter
+    W_hidden: nn.Parameter
+    b_hidden: nn.Parameter
+    W_hidden_gate: nn.Parameter
+    b_hidden_gate: nn.Parameter
+    W_shared: nn.Parameter
 
     def __init__(self, cfg: Any):
         super().__init__(cfg)
@@ -123,38 +132,38 @@ class MxD(TopKLayer):
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
-        """As the reference: linear layers uniform in +-1/sqrt(fan_in), W_out = 0 so that the
-        output starts at b_dec = 0, rows of W_dec uniform and scaled to unit norm."""
+        """As the reference: linear layers uniform in +-1/sqrt(fan_in), W_shared = 0 so that
+        the output starts at b_dec = 0, rows of W_dec uniform and scaled to unit norm."""
         super().initialize_weights()
         cfg = self.cfg
-        self.W_in = nn.Parameter(self._uniform(cfg.d_in, cfg.d_hidden))
-        self.b_in = nn.Parameter(self._zeros(cfg.d_hidden))
+        self.W_hidden = nn.Parameter(self._uniform(cfg.d_in, cfg.d_hidden))
+        self.b_hidden = nn.Parameter(self._zeros(cfg.d_hidden))
         if cfg.gated:
-            self.W_gate = nn.Parameter(self._uniform(cfg.d_in, cfg.d_hidden))
-            self.b_gate = nn.Parameter(self._zeros(cfg.d_hidden))
-        self.W_out = nn.Parameter(self._zeros(cfg.d_hidden, cfg.d_out))
+            self.W_hidden_gate = nn.Parameter(self._uniform(cfg.d_in, cfg.d_hidden))
+            self.b_hidden_gate = nn.Parameter(self._zeros(cfg.d_hidden))
+        self.W_shared = nn.Parameter(self._zeros(cfg.d_hidden, cfg.d_out))
         self.b_dec = nn.Parameter(self._zeros(cfg.d_out))
 
     def hidden(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_hidden"]:
         """The dense hidden units z."""
         act = ACTIVATIONS[self.cfg.act_fn]
-        linear = x @ self.W_in + self.b_in
+        linear = x @ self.W_hidden + self.b_hidden
         if not self.cfg.gated:
             return self.hook_post(act(self.hook_pre(linear)))
-        pre = self.hook_pre(x @ self.W_gate + self.b_gate)
+        pre = self.hook_pre(x @ self.W_hidden_gate + self.b_hidden_gate)
         return self.hook_post(act(pre) * self.hook_pre_linear(linear))
 
     def _combine(self, x: Tensor, experts: Tensor) -> Tensor:
         experts = self.hook_experts(experts)
-        shared = self.hook_shared(self.hidden(x) @ self.W_out)
+        shared = self.hook_shared(self.hidden(x) @ self.W_shared)
         return self.hook_sae_recons(experts * shared + self.b_dec)
 
     def expert_weights(self, n: int) -> Float[Tensor, "d_hidden d_out"]:
-        """Expert n's linear map of the hidden units, ``W_n = W_out diag(W_dec[n])``.
+        """Expert n's linear map of the hidden units, ``W_n = W_shared diag(W_dec[n])``.
 
-        Its rank is that of W_out where ``W_dec[n]`` has no zero entry (paper, lemma 1).
+        Its rank is that of W_shared where ``W_dec[n]`` has no zero entry (paper, lemma 1).
         """
-        return self.W_out * self.W_dec[n]
+        return self.W_shared * self.W_dec[n]
 
     @classmethod
     @torch.no_grad()
@@ -183,7 +192,7 @@ class MxD(TopKLayer):
         )
         mxd = cls(cfg)
         mxd.copy_hidden_units(mlp_weights)
-        mxd.W_out.copy_(W_out)
+        mxd.W_shared.copy_(W_out)
         mxd.b_dec.copy_(mlp_weights["b_dec"])
         mxd.W_enc.zero_()
         mxd.b_enc[:k] = 1 / k
@@ -192,7 +201,7 @@ class MxD(TopKLayer):
 
     @torch.no_grad()
     def copy_hidden_units(self, mlp_weights: dict[str, Any]) -> None:
-        """Take W_in, b_in (and W_gate, b_gate) from `read_mlp`'s answer.
+        """Take the hidden units' weights from `read_mlp`'s answer.
 
         Raises:
             ValueError: the MLP has other widths, kind or activation than this layer.
@@ -203,14 +212,16 @@ class MxD(TopKLayer):
             raise ValueError(
                 f"this MLP has ((d_in, d_hidden), gated, act_fn) = {theirs}, the MxD {ours}"
             )
-        for name in ("W_in", "b_in", "W_gate", "b_gate"):
-            if name in mlp_weights:
-                getattr(self, name).copy_(mlp_weights[name])
+        self.W_hidden.copy_(mlp_weights["W_in"])
+        self.b_hidden.copy_(mlp_weights["b_in"])
+        if self.cfg.gated:
+            self.W_hidden_gate.copy_(mlp_weights["W_gate"])
+            self.b_hidden_gate.copy_(mlp_weights["b_gate"])
 
 
 @torch.no_grad()
 def read_mlp(mlp: nn.Module) -> dict[str, Any]:
-    """Weights of a HookedTransformer's or TransformerBridge's MLP, in this module's names.
+    """Weights of a HookedTransformer's or TransformerBridge's MLP.
 
     Returns:
         W_in, b_in, W_out, b_dec, act_fn and, for a GLU, W_gate and b_gate.
@@ -220,7 +231,7 @@ def read_mlp(mlp: nn.Module) -> dict[str, Any]:
     """
     try:
         W_in, W_out = mlp.W_in, mlp.W_out
-    except AttributeError as error:
+    except (AttributeError, RuntimeError) as error:
         raise ValueError(
             f"{type(mlp).__name__} is neither an MLP nor a GLU: it has no W_in and W_out"
         ) from error
@@ -326,7 +337,7 @@ class TrainingMxD(MxD, TrainingTopKLayer):
     def start_from(self, mlp_weights: dict[str, Any], mlp_in: Float[Tensor, "batch d_in"]) -> None:
         """Start the centred recipe from the MLP's own hidden units and a sample of its inputs.
 
-        W_out stays zero. The gate's scale is set such that ``a W_dec`` has entries of size one.
+        W_shared stays zero. The gate's scale is set such that ``a W_dec`` has entries of size one.
 
         Raises:
             ValueError: the layer's recipe is another, or the MLP does not fit it.
@@ -357,24 +368,23 @@ class TrainingMxD(MxD, TrainingTopKLayer):
             return super()._gate(x)
         scale = self.log_gate_scale.exp()
         x = x - self.gate_mean
-        if watched(self.hook_sae_acts_pre):
-            pre = self.hook_sae_acts_pre(x @ self.W_enc * scale)
-            return topk_relu(pre, self.cfg.k)
-        values, indices = topk_gate(
-            x,
-            self.W_enc,
-            self.b_enc,
-            self.cfg.k,
-            unit_norm=True,
-            chunk_size=self.gate_chunk_size,
-        )
+        gate, k = (x, self.W_enc, self.b_enc), self.cfg.k
+        options: Any = {"unit_norm": True, "chunk_size": self.gate_chunk_size}
+        if has_hooks(self.hook_sae_acts_pre):
+            pre = pre_activations(*gate, **options)
+            scaled = self.hook_sae_acts_pre(pre * scale)
+            # Scaling rounds: what no hook has edited is ranked as it is without hooks, before it.
+            rank = torch.where(scaled == pre * scale, pre, scaled / scale)
+            _, indices = topk_relu(rank, k)
+            return scaled.gather(-1, indices).relu(), indices
+        values, indices = topk_gate(*gate, k, **options)
         return values * scale, indices
 
-    def _aux_losses(self, values: Tensor, indices: Tensor, y: Tensor) -> dict[str, Tensor]:
+    def _aux_losses(self, codes: Codes, y: Tensor) -> dict[str, Tensor]:
         coefficient = self.cfg.aux_loss_coefficient
         if self.cfg.recipe == "paper" or not coefficient:
             return {}
-        y_hat = weighted_row_sum(values, indices, self.W_aux) + self.b_aux
+        y_hat = decode_codes(codes, self.W_aux) + self.b_aux
         return {"auxiliary_loss": coefficient * pair_loss(y_hat, y)}
 
     def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:

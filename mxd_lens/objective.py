@@ -38,22 +38,26 @@ def pair_loss(
 def step_output(
     y: Float[Tensor, "batch d_out"],
     y_hat: Float[Tensor, "batch d_out"],
-    values: Float[Tensor, "batch k"],
-    indices: Int[Tensor, "batch k"],
+    codes: tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]] | Float[Tensor, "batch d_sae"],
     d_sae: int,
     aux_losses: Mapping[str, Tensor],
 ) -> TrainStepOutput:
     """A training step's outcome, as SAETrainer reads it: `pair_loss`, and other losses added.
 
     ``sae_in`` is the target, from which SAETrainer logs explained variance; ``feature_acts`` is
-    a detached sparse tensor [batch, d_sae], for it to count firings of.
+    a detached tensor [batch, d_sae], sparse where the codes are, for it to count firings of.
     """
     mse_loss = pair_loss(y_hat, y)
     losses = {"mse_loss": mse_loss, **aux_losses}
+    if isinstance(codes, Tensor):
+        values, acts = codes, codes.detach()
+    else:
+        values, indices = codes
+        acts = as_coo(values.detach(), indices, d_sae)
     return TrainStepOutput(
         sae_in=y,
         sae_out=y_hat.to(y.dtype),
-        feature_acts=as_coo(values.detach(), indices, d_sae),
+        feature_acts=acts,
         hidden_pre=values,
         loss=torch.stack(list(losses.values())).sum(),
         losses={name: loss.detach() for name, loss in losses.items()},

@@ -1,7 +1,7 @@
 """The paper's four settings (arXiv 2505.21364), as `mxd-lens train --preset` takes them.
 
-Where the paper gives a range, a value in it: layers near the middle of the two largest models,
-learning rates from 1e-4 to 4e-4.
+Where the paper gives a range, a value in it: Pythia-1.4B's layer, near the middle, and the Pythias'
+learning rates, from 1e-4 to 4e-4.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Preset:
 
 
 PRESETS = {
-    "gpt2-124m": Preset("gpt2", 8, 4e-4, MLPShape(768, 768, 3072, "gelu_new", False)),
+    "gpt2-124m": Preset("gpt2", 8, 1e-4, MLPShape(768, 768, 3072, "gelu_new", False)),
     "pythia-410m": Preset(
         "EleutherAI/pythia-410m", 15, 2e-4, MLPShape(1024, 1024, 4096, "gelu", False)
     ),
@@ -52,7 +52,7 @@ PRESETS = {
         "EleutherAI/pythia-1.4b", 12, 2e-4, MLPShape(2048, 2048, 8192, "gelu", False)
     ),
     "llama-3.2-3b": Preset(
-        "meta-llama/Llama-3.2-3B", 14, 1e-4, MLPShape(3072, 3072, 8192, "silu", True)
+        "meta-llama/Llama-3.2-3B", 12, 1e-4, MLPShape(3072, 3072, 8192, "silu", True)
     ),
 }
 

@@ -190,8 +190,8 @@ def contributions(
 ) -> Float[Tensor, "n_experts d_out"]:
     """What a coefficient of 1 writes to the layer's output, where its gate is largest.
 
-    ``W_dec[n]`` for a transcoder or an SAE. What an MxD's expert writes, ``W_dec[n] * (z W_out)``,
-    depends on the token: its mean over the 32 tokens of x with the largest gate of that expert.
+    ``W_dec[n]`` for a transcoder or an SAE. An MxD's expert writes ``W_dec[n] * (z W_shared)``,
+    which depends on the token: its mean over the 32 tokens of x with that expert's largest gate.
 
     Args:
         x: a sample of the layer's inputs, of ordinary tokens.
@@ -206,7 +206,7 @@ def contributions(
     if not isinstance(sae, MxD):
         return W_dec.clone()
     x = x.to(W_dec)
-    shared = torch.cat([sae.hidden(part) @ sae.W_out for part in x.split(1024)])
+    shared = torch.cat([sae.hidden(part) @ sae.W_shared for part in x.split(1024)])
     n = min(_N_FIRING, len(x))
     written = [
         row * shared[(x @ sae.W_enc[:, part]).topk(n, dim=0).indices].mean(0)
@@ -227,7 +227,7 @@ def effect_amounts(
 ) -> Float[Tensor, "n_experts"]:
     """What to add to each expert's coefficient for an effect of this strength.
 
-    Adding 1 changes the output of an MxD by ``W_dec[n] * (z W_out)``, which depends on the
+    Adding 1 changes the output of an MxD by ``W_dec[n] * (z W_shared)``, which depends on the
     token, and that of a transcoder or an SAE by ``W_dec[n]``.
 
     Args:
@@ -244,7 +244,7 @@ def effect_amounts(
         W_dec = sae.W_dec[units]
         total = W_dec.new_zeros(len(W_dec))
         for tokens in x.to(W_dec).split(1024):
-            scale = sae.hidden(tokens) @ sae.W_out  # [tokens, d_out]
+            scale = sae.hidden(tokens) @ sae.W_shared  # [tokens, d_out]
             total += (scale.square() @ W_dec.square().T).sqrt().sum(0)
         norms = total / len(x)
     else:

@@ -6,7 +6,7 @@ from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from sae_lens.saes.topk_sae import TopKTrainingSAE
 
 from mxd_lens.kernels import topk_gate, weighted_row_sum
-from mxd_lens.layer import watched
+from mxd_lens.layer import has_hooks
 from mxd_lens.objective import as_coo
 
 
@@ -20,8 +20,8 @@ class SparseTopKTrainingSAE(TopKTrainingSAE):
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         """Loss: mean over tokens of the summed squared error (SAELens')."""
         dead = step_input.dead_neuron_mask
-        looked_at = watched(self.hook_sae_acts_pre) or watched(self.hook_sae_acts_post)
-        if looked_at or (dead is not None and dead.any()):
+        hooked = has_hooks(self.hook_sae_acts_pre) or has_hooks(self.hook_sae_acts_post)
+        if hooked or (dead is not None and dead.any()):
             return super().training_forward_pass(step_input)
         W_enc, b_enc, W_dec = self.W_enc, self.b_enc, self.W_dec
         if self.cfg.rescale_acts_by_decoder_norm:

@@ -38,7 +38,7 @@ from mxd_lens.fingerprint import model_fingerprint, text_fingerprint
 from mxd_lens.matching import matched_d_sae
 from mxd_lens.models import ModelClass, load_model, mlp_hooks
 from mxd_lens.mxd import Recipe, TrainingMxD, read_mlp
-from mxd_lens.splice import get_mlp
+from mxd_lens.splice import get_mlp, has_folded_norms
 from mxd_lens.startup import Interrupted
 from mxd_lens.topk_sae import SparseTopKTrainingSAE
 
@@ -223,6 +223,7 @@ def _train(cfg: TrainConfig, model: Any, dataset: Text | None) -> SAE[Any]:
     torch.manual_seed(cfg.seed)
     mlp = MLPShape.of(mlp_weights)
     sae = new_layer(cfg, layer_config(cfg, mlp, hooks, cfg.device))
+    sae.cfg.metadata.norms_folded = has_folded_norms(model)
     x, y = torch.cat(sample).to(cfg.device).split([mlp.d_in, mlp.d_out], dim=-1)
     _start(sae, mlp_weights, x, y)
     if not _reads_pairs(cfg.architecture):

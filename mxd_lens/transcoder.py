@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float
 from sae_lens.registry import register_sae_class, register_sae_training_class
 from sae_lens.saes.sae import TrainingSAEConfig
 from sae_lens.saes.transcoder import (
@@ -82,13 +81,6 @@ class TopKTranscoder(TopKLayer, Transcoder):
 
     def _combine(self, x: Any, decoded: Tensor) -> Tensor:
         return self.hook_sae_recons(decoded + self.b_dec)
-
-    def forward_with_activations(
-        self, x: Float[Tensor, "*batch d_in"]
-    ) -> tuple[Float[Tensor, "*batch d_out"], Float[Tensor, "*batch d_sae"]]:
-        """The output and the coefficients."""
-        acts = self.encode(x)
-        return self.decode(acts), acts
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any]) -> Any:

@@ -55,9 +55,9 @@ def dense_loss(sae: TrainingMxD, x: Tensor, y: Tensor) -> Tensor:
     pre = torch.einsum("bi,in->bn", x, sae.W_enc) + sae.b_enc
     values, indices = pre.topk(sae.cfg.k, dim=-1)
     acts = torch.zeros_like(pre).scatter(-1, indices, values.relu())
-    gate = F.silu(torch.einsum("bi,ih->bh", x, sae.W_gate) + sae.b_gate)
-    hidden = gate * (torch.einsum("bi,ih->bh", x, sae.W_in) + sae.b_in)
-    shared = torch.einsum("bh,ho->bo", hidden, sae.W_out)
+    gate = F.silu(torch.einsum("bi,ih->bh", x, sae.W_hidden_gate) + sae.b_hidden_gate)
+    hidden = gate * (torch.einsum("bi,ih->bh", x, sae.W_hidden) + sae.b_hidden)
+    shared = torch.einsum("bh,ho->bo", hidden, sae.W_shared)
     y_hat = torch.einsum("bn,no->bo", acts, sae.W_dec) * shared + sae.b_dec
     return ((y_hat - y).square() / y.norm(dim=-1, keepdim=True)).mean()
 
@@ -66,7 +66,7 @@ def new_mxd(recipe: str = "paper", d: int = D_MODEL, n: int = D_SAE, k: int = K,
     """An MxD with no weight at zero."""
     cfg = TrainingMxDConfig(d_in=d, d_out=d, d_hidden=h, d_sae=n, k=k, recipe=recipe, device=DEVICE)  # type: ignore[arg-type]
     sae = TrainingMxD(cfg)
-    torch.nn.init.normal_(sae.W_out, std=0.02)
+    torch.nn.init.normal_(sae.W_shared, std=0.02)
     return sae
 
 
@@ -117,8 +117,8 @@ def floor_of(sae: TrainingMxD, x: Tensor, autocast: bool = False) -> Step:
         with precision(autocast):
             with torch.no_grad():
                 x @ sae.W_enc
-            hidden = F.silu(x @ sae.W_gate) * (x @ sae.W_in)
-            out = hidden @ sae.W_out
+            hidden = F.silu(x @ sae.W_hidden_gate) * (x @ sae.W_hidden)
+            out = hidden @ sae.W_shared
         out.sum().backward()
         sae.zero_grad()
 

@@ -437,7 +437,7 @@ def test_spectrum_and_ranks_are_those_of_the_svd():
         sae.W_dec[4] = 0
     rank, effective = ranks(sae)
     for n in range(sae.cfg.d_sae):
-        s = torch.linalg.svdvals(sae.W_out * sae.W_dec[n]).detach()
+        s = torch.linalg.svdvals(sae.W_shared * sae.W_dec[n]).detach()
         torch.testing.assert_close(spectrum(sae, n), s)
         expected = s.square().sum().square() / s.pow(4).sum() if n != 4 else 0
         assert effective[n] == pytest.approx(float(expected), rel=1e-4)
@@ -449,7 +449,7 @@ def test_spectrum_and_ranks_are_those_of_the_svd():
 def test_rank_of_a_decoder_without_full_rank(kind):
     sae = make_layer(kind)
     with torch.no_grad():
-        sae.W_out.copy_(torch.randn(24, 3) @ torch.randn(3, D_MODEL))
+        sae.W_shared.copy_(torch.randn(24, 3) @ torch.randn(3, D_MODEL))
     rank, effective = ranks(sae)
     assert (rank == 3).all() and (effective < 3 + 1e-6).all() and (effective > 1).all()
 

@@ -60,12 +60,12 @@ def reference(weights: MxD | dict[str, Tensor], x: Tensor, cfg, edit=lambda _, t
     experts = edit("hook_experts", torch.einsum("...n,no->...o", acts, w["W_dec"]))
     act = FORMULAS[cfg.act_fn]
     if cfg.gated:
-        gate = edit("hook_pre", x @ w["W_gate"] + w["b_gate"])
-        z = act(gate) * edit("hook_pre_linear", x @ w["W_in"] + w["b_in"])
+        gate = edit("hook_pre", x @ w["W_hidden_gate"] + w["b_hidden_gate"])
+        z = act(gate) * edit("hook_pre_linear", x @ w["W_hidden"] + w["b_hidden"])
     else:
-        z = act(edit("hook_pre", x @ w["W_in"] + w["b_in"]))
+        z = act(edit("hook_pre", x @ w["W_hidden"] + w["b_hidden"]))
     z = edit("hook_post", z)
-    shared = edit("hook_shared", torch.einsum("...h,ho->...o", z, w["W_out"]))
+    shared = edit("hook_shared", torch.einsum("...h,ho->...o", z, w["W_shared"]))
     y = edit("hook_sae_recons", experts * shared + w["b_dec"])
     return edit("hook_out", edit("hook_sae_output", y))
 
@@ -101,7 +101,7 @@ class TestDefinition:
     def test_is_a_third_order_tensor_contracted_mode_by_mode(self, mxd):
         x = inputs(mxd)
         a, z = steps(mxd, x)["hook_sae_acts_post"], steps(mxd, x)["hook_post"]
-        W = torch.einsum("no,ho->nho", mxd.W_dec, mxd.W_out)
+        W = torch.einsum("no,ho->nho", mxd.W_dec, mxd.W_shared)
         close(W, torch.stack([mxd.expert_weights(n) for n in range(mxd.cfg.d_sae)]))
         experts_first = torch.tensordot(a, W, dims=([1], [0]))  # [batch, h, o]
         close(mxd(x), torch.einsum("bho,bh->bo", experts_first, z) + mxd.b_dec)
@@ -111,7 +111,7 @@ class TestDefinition:
     def test_mode_3_unfolding_is_a_transposed_khatri_rao_product(self, mxd):
         x = inputs(mxd)
         a, z = steps(mxd, x)["hook_sae_acts_post"], steps(mxd, x)["hook_post"]
-        columns = zip(mxd.W_dec.T, mxd.W_out.T, strict=True)
+        columns = zip(mxd.W_dec.T, mxd.W_shared.T, strict=True)
         khatri_rao = torch.stack([torch.kron(c, d) for c, d in columns], dim=1)  # [n h, o]
         stacked = torch.cat([mxd.expert_weights(n) for n in range(mxd.cfg.d_sae)])
         close(stacked, khatri_rao)
@@ -121,14 +121,14 @@ class TestDefinition:
     def test_is_a_hadamard_product_of_two_matrix_products(self, mxd):
         x = inputs(mxd)
         acts, z = mxd.encode(x), mxd.hidden(x)
-        close(mxd(x), (mxd.W_dec.T @ acts.T).T * (mxd.W_out.T @ z.T).T + mxd.b_dec)
+        close(mxd(x), (mxd.W_dec.T @ acts.T).T * (mxd.W_shared.T @ z.T).T + mxd.b_dec)
 
     @pytest.mark.parametrize("rank", [4, 2, 1])
     def test_every_expert_has_the_rank_of_the_shared_decoder(self, random_mxd, rank):
         mxd = random_mxd()
         left, right = torch.randn(7, rank).double(), torch.randn(rank, 4).double()
-        mxd.W_out.data = left @ right
-        assert torch.linalg.matrix_rank(mxd.W_out) == rank
+        mxd.W_shared.data = left @ right
+        assert torch.linalg.matrix_rank(mxd.W_shared) == rank
         for n in range(mxd.cfg.d_sae):
             assert torch.linalg.matrix_rank(mxd.expert_weights(n)) == rank
 
@@ -378,7 +378,7 @@ class TestDisk:
         mxd.save_model(tmp_path)
         loaded = SAE.load_from_disk(tmp_path, dtype="float32")
         x = inputs(mxd)
-        assert loaded.W_out.dtype == torch.float32
+        assert loaded.W_shared.dtype == torch.float32
         torch.testing.assert_close(loaded(x), mxd(x), rtol=1e-4, atol=1e-4)
 
     def test_foreign_shape(self, mxd, tmp_path):
@@ -387,7 +387,7 @@ class TestDisk:
         with pytest.raises(ValueError, match=r"not those of the mxd.*W_dec.*\(11, 9\)"):
             SAE.load_from_disk(tmp_path)
 
-    @pytest.mark.parametrize("name", ["W_enc", "W_out", "b_dec"])
+    @pytest.mark.parametrize("name", ["W_enc", "W_shared", "b_dec"])
     def test_missing_weight(self, mxd, tmp_path, name):
         weights, _ = mxd.save_model(tmp_path)
         save_file({n: w for n, w in load_file(weights).items() if n != name}, weights)
@@ -403,7 +403,7 @@ class TestDisk:
     def test_config_that_does_not_fit_the_weights(self, random_mxd, tmp_path, edit_json):
         _, config = random_mxd(gated=True).save_model(tmp_path)
         edit_json(config, gated=False)
-        with pytest.raises(ValueError, match=r"not those of the mxd.*W_gate"):
+        with pytest.raises(ValueError, match=r"not those of the mxd.*W_hidden_gate"):
             SAE.load_from_disk(tmp_path)
 
 
@@ -554,7 +554,7 @@ class TestTraining:
         x, y = batch
         step = training_loss(mxd, x, torch.cat([torch.zeros_like(y[:1]), y[1:]]))
         step.loss.backward()
-        assert step.loss.isfinite() and mxd.W_out.grad.isfinite().all()
+        assert step.loss.isfinite() and mxd.W_shared.grad.isfinite().all()
 
     def test_saved_for_inference_computes_the_same(self, mxd, batch, tmp_path):
         x, _ = batch

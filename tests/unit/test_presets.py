@@ -25,12 +25,21 @@ def test_all_architectures_have_as_many_parameters(name, architecture):
     assert total == pytest.approx(PARAMETER_COUNTS[name], rel=1e-3)
 
 
+def test_layers_and_learning_rates_are_the_papers():
+    assert {name: (preset.layer, preset.lr) for name, preset in PRESETS.items()} == {
+        "gpt2-124m": (8, 1e-4),
+        "pythia-410m": (15, 2e-4),
+        "pythia-1.4b": (12, 2e-4),
+        "llama-3.2-3b": (12, 1e-4),
+    }
+
+
 def test_the_command_shows_the_papers_recipe(capsys):
     main(["train", "--preset", "gpt2-124m", "--dry_run", "--k", "64", "--output", "elsewhere"])
     shown = json.loads(capsys.readouterr().out)
     assert shown["shapes"]["W_enc"] == [768, 21_490]
-    assert shown["shapes"]["W_in"] == [768, 3072]
-    assert "W_gate" not in shown["shapes"]
+    assert shown["shapes"]["W_hidden"] == [768, 3072]
+    assert "W_hidden_gate" not in shown["shapes"]
     config = shown["config"]
     assert (config["model"], config["layer"], config["k"]) == ("gpt2", 8, 64)
     assert (config["recipe"], config["output"]) == ("paper", "elsewhere")
@@ -41,7 +50,7 @@ def test_the_command_shows_the_papers_recipe(capsys):
 
 def test_llama_is_gated():
     preset = PRESETS["llama-3.2-3b"]
-    assert dry_run(preset, preset.train_config())["W_gate"] == (3072, 8192)
+    assert dry_run(preset, preset.train_config())["W_hidden_gate"] == (3072, 8192)
 
 
 def test_a_dry_run_of_nothing(tmp_path):

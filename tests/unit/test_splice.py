@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from functools import partial
 
 import pytest
 import torch
+from sae_lens.saes.sae import SAEMetadata
 from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
 from torch import nn
+from transformer_lens import HookedTransformer
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import AutoTokenizer
 
+from mxd_lens import train
 from mxd_lens.mxd import MxD
 from mxd_lens.splice import get_mlp, splice
 
@@ -170,7 +176,7 @@ class TestHooks:
     def test_gradients_reach_the_layer_and_the_model(self, lm, mxd, tokens):
         with splice(lm, {1: mxd}):
             lm(tokens).square().mean().backward()
-        assert mxd.W_out.grad.abs().max() > 0 and mxd.W_enc.grad.abs().max() > 0
+        assert mxd.W_shared.grad.abs().max() > 0 and mxd.W_enc.grad.abs().max() > 0
 
     @pytest.mark.parametrize("name", PLAIN_BRIDGES)
     def test_looking_at_the_hooks_warns_of_nothing(self, lm, mxd, tokens):
@@ -288,6 +294,76 @@ def test_plain_assignment_computes_the_same(lm, name, mxd, tokens):
     assert torch.equal(lm(tokens), original)
 
 
+def process(lm) -> None:
+    """Fold the norms into the weights: the MLPs of such a model read other inputs."""
+    if isinstance(lm, TransformerBridge):
+        lm.enable_compatibility_mode()
+    else:
+        lm.process_weights_()
+
+
+class TestProcessedWeights:
+    @pytest.mark.parametrize("name", ["tiny_hooked", "tiny_bridge"])
+    @pytest.mark.parametrize("architecture", ["mxd", "topk_skip_transcoder"])
+    def test_a_layer_trained_on_others_is_refused(
+        self, lm, make_config, documents, llama_folder, architecture
+    ):
+        if isinstance(lm, HookedTransformer):
+            lm.set_tokenizer(AutoTokenizer.from_pretrained(llama_folder))
+        cfg = make_config(architecture=architecture, training_tokens=64)
+        layer = train(cfg, lm, documents)
+        assert layer.cfg.metadata.norms_folded is False
+        with splice(lm, {1: layer}):
+            pass
+        process(lm)
+        with pytest.raises(
+            ValueError, match=r"trained on unprocessed weights of tiny, .* are processed"
+        ):
+            splice(lm, {1: layer})
+
+    def test_so_is_one_trained_on_processed_weights_in_a_model_without(self, lm, mxd, tokens):
+        mxd.cfg.metadata = SAEMetadata(model_name="tiny", norms_folded=True)
+        with pytest.raises(ValueError, match=r"trained on processed .* are unprocessed"):
+            splice(lm, {1: mxd})
+        process(lm)
+        with splice(lm, {1: mxd}):
+            lm(tokens)
+
+    def test_a_layer_of_a_model_that_does_not_say_which_is_taken_for_unprocessed(self, lm, mxd):
+        mxd.cfg.metadata = SAEMetadata(model_name="tiny")
+        splice(lm, {1: mxd}).restore()
+        process(lm)
+        with pytest.raises(ValueError, match=r"trained on unprocessed weights"):
+            splice(lm, {1: mxd})
+
+    @pytest.mark.parametrize("name", ["tiny_bridge", "tiny_bridge_gpt2"])
+    def test_a_bridges_older_names_alone_are_no_processing(self, lm, mxd, tokens):
+        mxd.cfg.metadata = SAEMetadata(model_name="tiny")
+        with splice(lm, {1: mxd}):
+            expected = lm(tokens)
+        lm.enable_compatibility_mode(no_processing=True)
+        with splice(lm, {1: mxd}):
+            close(lm(tokens), expected)
+
+    def test_the_mlps_own_mxd_changes_nothing(self, lm, tokens):
+        process(lm)
+        expected = lm(tokens)
+        with splice(lm, {1: MxD.from_mlp(get_mlp(lm, 1))}):
+            close(lm(tokens), expected)
+
+    def test_is_not_done_while_layers_are_spliced_in(self, lm, mxd, make_mxd, tokens):
+        with splice(lm, {1: mxd}):
+            with splice(lm, {2: make_mxd()}), pytest.raises(RuntimeError, match="would process"):
+                process(lm)
+            expected = lm(tokens)
+            with pytest.raises(RuntimeError, match=r"restore\(\) its MLPs first"):
+                process(lm)
+            assert torch.equal(lm(tokens), expected)
+        expected = lm(tokens).log_softmax(-1)
+        process(lm)
+        torch.testing.assert_close(lm(tokens).log_softmax(-1), expected, rtol=1e-3, atol=1e-3)
+
+
 class TestErrors:
     @pytest.mark.parametrize("layer", [3, -1])
     def test_no_such_layer(self, lm, mxd, layer):
@@ -311,6 +387,25 @@ class TestErrors:
     def test_not_a_language_model(self, mxd):
         with pytest.raises(ValueError, match="cannot splice into a Linear"):
             splice(nn.Linear(2, 2), {0: mxd})
+
+    @pytest.mark.parametrize("nothing", [None, lambda x: x, MxD])
+    def test_not_a_module(self, lm, nothing, tokens):
+        before, logits = dict(lm.hook_dict), lm(tokens)
+        with pytest.raises(ValueError, match=r"layer 1 must be a module, got"):
+            splice(lm, {1: nothing})
+        assert_untouched(lm, before, logits, tokens)
+
+    def test_one_module_at_two_layers(self, lm, mxd, tokens):
+        before, logits = dict(lm.hook_dict), lm(tokens)
+        with pytest.raises(ValueError, match=r"layer 0 is also at layer 2: .* use a copy"):
+            splice(lm, {0: mxd, 2: mxd})
+        with splice(lm, {1: mxd}), pytest.raises(ValueError, match=r"layer 2 is also at layer 1"):
+            splice(lm, {2: mxd})
+        with pytest.raises(ValueError, match=r"layer 2 is also at layer 0"):
+            splice(lm, {2: get_mlp(lm, 0)})
+        assert_untouched(lm, before, logits, tokens)
+        with splice(lm, {1: mxd, 2: copy.deepcopy(mxd)}):
+            assert {"blocks.1.mlp.hook_experts", "blocks.2.mlp.hook_experts"} <= set(lm.hook_dict)
 
     @pytest.mark.parametrize("wrong", ["layer", "width"])
     def test_an_error_in_the_second_layer_replaces_nothing(self, lm, mxd, make_mxd, tokens, wrong):
