@@ -266,14 +266,14 @@ def main(arguments: list[str] | None = None) -> None:
         command.add_arguments(config, dest="cfg", default=values)
     disable_progress_bar()
     try:
-        startup.raise_on_signals()
-        chosen = parser.parse_args(arguments)
-        if getattr(chosen, "dry_run", False):
-            if preset is None:
-                raise ValueError("--dry_run shows a preset: name one with --preset")
-            show_preset(preset, chosen.cfg)
-        else:
-            COMMANDS[chosen.command][1](chosen.cfg)
+        with startup.raise_on_signals():
+            chosen = parser.parse_args(arguments)
+            if getattr(chosen, "dry_run", False):
+                if preset is None:
+                    raise ValueError("--dry_run shows a preset: name one with --preset")
+                show_preset(preset, chosen.cfg)
+            else:
+                COMMANDS[chosen.command][1](chosen.cfg)
     except (ValueError, OSError, AssetError) as error:
         sys.exit(f"mxd-lens: {error}")
     except KeyboardInterrupt as error:

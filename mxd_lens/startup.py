@@ -6,6 +6,8 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -38,7 +40,7 @@ def prepare() -> None:
     """
     command = Path(sys.argv[0]).name in ("mxd-lens", "-m")
     if command:
-        _handle(_leave, _leave)
+        leave_on_signals()
     try:
         check_versions()
     except ImportError as error:
@@ -59,15 +61,26 @@ def check_versions() -> None:
             )
 
 
-def raise_on_signals() -> None:
+def leave_on_signals() -> None:
+    """End the process at once: nothing has been begun, or everything is done."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _leave)
+
+
+@contextmanager
+def raise_on_signals() -> Iterator[None]:
     """Raise, so that what has been begun is left whole; SIGTERM like Ctrl-C."""
-    _handle(signal.default_int_handler, _raise)
-
-
-def _handle(on_interrupt: Any, on_terminate: Any) -> None:
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, on_interrupt)
-        signal.signal(signal.SIGTERM, on_terminate)
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, _raise)
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def _leave(number: int, _: Any) -> None:

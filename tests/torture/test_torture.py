@@ -18,12 +18,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from mxd_lens import startup
 from mxd_lens.cli import main
 from mxd_lens.files import LOCK
 
 CONTEXT = get_context("forkserver")
 CONTEXT.set_forkserver_preload([__name__, "sae_lens.evals"])
-N_KILLS = 20
+N_KILLS = {signal.SIGKILL: 20, signal.SIGTERM: 6, signal.SIGINT: 6}
 
 
 class Command:
@@ -55,6 +56,7 @@ class Command:
 
 
 def _run(log: str, arguments: list[str]) -> None:
+    startup.leave_on_signals()  # as while the command is imported
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
@@ -70,7 +72,7 @@ def commands(llama_folder, tmp_path_factory):
     text = tmp_path_factory.mktemp("text") / "text.txt"
     text.write_text("\n\n".join(documents))
     common = ["--model", llama_folder, "--layer", 1, "--dataset", text, "--device", "cpu"]
-    common += ["--training_tokens", 32 * 300, "--batch_size", 32, "--context_size", 8]
+    common += ["--training_tokens", 32 * 150, "--batch_size", 32, "--context_size", 8]
     common += ["--lm_batch_size", 4, "--heldout_documents", 40, "--n_checkpoints", 8]
     one = ["train", *common, "--k", 3, "--d_sae", 12, "--output"]
     many = ["compare", *common, "--k", 2, 3, "--architectures", "mxd", "topk_transcoder"]
@@ -120,7 +122,7 @@ def undisturbed(commands, tmp_path):
 @pytest.mark.parametrize("name", ["train", "train on a cache", "compare"])
 def test_a_signal_at_any_moment_loses_nothing(commands, undisturbed, tmp_path, name, number):
     whole, seconds = undisturbed(name)
-    moments = random.Random(name).sample(range(1000), N_KILLS)
+    moments = random.Random(name).sample(range(1000), N_KILLS[number])
     for i, moment in enumerate(sorted(moments)):
         folder = tmp_path / str(i)
         for part in (1, 0.5):  # killed, and once more while it resumes

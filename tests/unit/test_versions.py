@@ -39,7 +39,7 @@ def test_what_is_known_to_be_wrong_is_refused(monkeypatch, package, versions, wh
     with pytest.raises(ImportError, match=f"{package} {wrong} is installed.*{why}.*pip install"):
         startup.check_versions()
     monkeypatch.setattr(sys, "argv", ["mxd-lens"])
-    monkeypatch.setattr(startup, "_handle", lambda *_: None)
+    monkeypatch.setattr(startup, "leave_on_signals", lambda: None)
     with pytest.raises(SystemExit, match=f"mxd-lens: {package} {wrong} is installed"):
         startup.prepare()
 
