@@ -259,8 +259,8 @@ def run_experts(cfg: ExpertsConfig) -> list[Path]:
         if found and sampled:
             continue
         print(f"\n{run.name}, k = {run.k}, seed {run.seed}", flush=True)
-        model = model or load_model(run.model, run.model_class, run.device)
         sae = load_layer(run.layer_path, run.device)
+        model = model or load_model(run.model, run.model_class, run.device)
         x, y_norm = layer_sample(model, sae, run)
         write = contributions(sae, range(sae.cfg.d_sae), x)
         if not found:
@@ -346,11 +346,11 @@ def run_steer(cfg: SteerConfig) -> list[Path]:
     for run in cfg.runs():
         print(f"\n{run.name}, k = {run.k}, seed {run.seed}", flush=True)
         path = Path(run.output) / "steering.json"
-        model = model or load_model(run.model, run.model_class, run.device)
         sae = load_layer(run.layer_path, run.device)
         units = cfg.experts or random_units(run, cfg.n_experts, cfg.seed)
         if not units:
             raise ValueError(f"no unit of {path.parent} fires often enough: name some experts")
+        model = model or load_model(run.model, run.model_class, run.device)
         x, y_norm = layer_sample(model, sae, run)
         evaluate_steering(
             model,
