@@ -46,10 +46,10 @@ def _as_string(path: Any) -> Any:
     return os.fspath(path) if isinstance(path, os.PathLike) else path
 
 
-Index = Annotated[int, Field(ge=0)]
-Count = Annotated[int, Field(ge=1)]
+Index = Annotated[int, Field(ge=0, lt=2**63)]
+Count = Annotated[int, Field(ge=1, lt=2**63)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-ContextSize = Annotated[int, Field(ge=3)]
+ContextSize = Annotated[int, Field(ge=3, le=2**20)]
 """BOS, a token, and one that it predicts."""
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]

@@ -77,6 +77,8 @@ def load_labelled(
     Raises:
         ValueError: it cannot be loaded, has no such column, or has too few texts of a class.
     """
+    if text_column == label_column:
+        raise ValueError(f"text_column and label_column are both {text_column!r}")
     rows = DEMO_LABELLED[source]() if source in DEMO_LABELLED else read(source, split)
     assert isinstance(rows, Dataset)
     for column in (text_column, label_column):
