@@ -77,8 +77,6 @@ def load_labelled(
     Raises:
         ValueError: it cannot be loaded, has no such column, or has too few texts of a class.
     """
-    if text_column == label_column:
-        raise ValueError(f"text_column and label_column are both {text_column!r}")
     rows = DEMO_LABELLED[source]() if source in DEMO_LABELLED else read(source, split)
     assert isinstance(rows, Dataset)
     for column in (text_column, label_column):
@@ -106,7 +104,7 @@ def load_labelled(
     taken: dict[str, str] = {}
     counts = Counter(dict.fromkeys(classes, 0))
     row: Any
-    for row in rows.select_columns([text_column, label_column]).shuffle(seed=seed):
+    for row in rows.select_columns(list({text_column, label_column})).shuffle(seed=seed):
         text, label = row[text_column], row[label_column]
         if not isinstance(text, str):
             raise ValueError(f"column {text_column!r} of {source} holds no text")

@@ -224,9 +224,11 @@ class TestText:
         with pytest.raises(ValueError, match="there is no document: give more text"):
             train(make_config(heldout_documents=200), tiny_bridge, stream)
 
-    def test_text_and_labels_in_one_column(self):
-        with pytest.raises(ValueError, match="text_column and label_column are both 'text'"):
-            load_labelled("nowhere.csv", label_column="text")
+    def test_text_and_labels_in_one_column(self, tmp_path):
+        path = tmp_path / "a.csv"
+        path.write_text("text\na\nb\n")
+        with pytest.raises(ValueError, match=r"has only 1 different texts of class 'a'"):
+            load_labelled(str(path), label_column="text")
 
     @pytest.mark.parametrize("label", [["a", "b"], {"a": 1}])
     def test_labels_that_are_none(self, tmp_path, label):
