@@ -7,17 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from copy import deepcopy
+from dataclasses import asdict, field
 from functools import partial, wraps
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from sae_lens.constants import SPARSITY_FILENAME
+from pydantic import Field
+from sae_lens.constants import SAE_CFG_FILENAME, SPARSITY_FILENAME
 from sae_lens.saes.sae import SAE
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from simple_parsing import field as argument
 from torch import Tensor
@@ -27,10 +30,22 @@ from mxd_lens.data import load_text, read
 from mxd_lens.embedding import embed
 from mxd_lens.experts import inspect_experts
 from mxd_lens.faithfulness import hooks_of, read_heldout
-from mxd_lens.files import check_same, locked, read_json, write_json
+from mxd_lens.fields import Count, EachOnce, Finite, Index, Name, NotNegative, PathStr, Seed, config
+from mxd_lens.files import (
+    ExpertsFile,
+    LayerFile,
+    ProbeFile,
+    SteeringFile,
+    check_same,
+    load_layer,
+    locked,
+    read_json,
+    write_json,
+)
 from mxd_lens.fingerprint import text_fingerprint
 from mxd_lens.models import load_model, mlp_hooks
 from mxd_lens.probing import (
+    DEMO_LABELLED,
     SCORES,
     Features,
     load_labelled,
@@ -48,13 +63,13 @@ from mxd_lens.steering import (
 from mxd_lens.train import TrainConfig, check_sources, load_documents
 
 
-@dataclass
+@config
 class AnalysisConfig:
     """Which layers to analyse."""
 
-    run: str = argument(positional=True, metavar="RUN")
+    run: PathStr = argument(positional=True, metavar="RUN")
     """Output folder of `mxd-lens train`, or of `mxd-lens compare`: all of its layers."""
-    k: int | None = None
+    k: Count | None = None
     """Only the layers with this many active units."""
 
     def runs(self) -> list[TrainConfig]:
@@ -72,15 +87,19 @@ class AnalysisConfig:
                 f"{self.run} holds layers of several models, at several places, or that differ in "
                 "context_size or autocast: name one of the folders in it"
             )
-        runs = [run for run in runs if self.k in (None, _layer_k(run))]
+        runs = [run for run in runs if self.k in (None, _layer_file(run).get("k"))]
         if not runs:
             raise ValueError(f"{self.run} holds no finished layer with k={self.k}")
         return runs
 
 
-def _layer_k(run: TrainConfig) -> int | None:
-    """A layer's k; None for those that have no such thing."""
-    return read_json(run.layer_path / "cfg.json").get("k")
+def _layer_file(run: TrainConfig) -> LayerFile:
+    """A layer's own configuration."""
+    path = run.layer_path / SAE_CFG_FILENAME
+    layer_file = read_json(path, LayerFile)
+    if layer_file is None:
+        raise ValueError(f"there is no {path}: delete that folder and train the layer again")
+    return layer_file
 
 
 def _alone(analysis: Callable[[Any], list[Path]]) -> Callable[[Any], list[Path]]:
@@ -110,21 +129,21 @@ def _of_file(source: str | None) -> dict[str, str]:
     return {"text_fingerprint": text_fingerprint(read(source))}
 
 
-@dataclass
+@config
 class ProbeConfig(AnalysisConfig):
     """Which layers to probe, and for what."""
 
-    data: list[str] = field(default_factory=lambda: ["demo:bbc", "demo:languages", "demo:code"])
+    data: EachOnce[PathStr] = field(default_factory=lambda: list(DEMO_LABELLED))
     """Labelled text: these, a hub data set (name or name:config), or a local file."""
-    n_texts: int = 1200
+    n_texts: Count = 1200
     """Texts of each, equally many of every class."""
-    n_splits: int = 5
+    n_splits: Count = 5
     """Random halves to train and test on, seeded 0, 1, 2, ..."""
-    dataset_split: str = "train"
+    dataset_split: Name = "train"
     """Split of a hub data set."""
-    text_column: str = "text"
+    text_column: Name = "text"
     """Column that holds the text."""
-    label_column: str = "label"
+    label_column: Name = "label"
     """Column that holds the class."""
 
 
@@ -142,25 +161,31 @@ def run_probe(cfg: ProbeConfig) -> list[Path]:
     """
     asked = {name: value for name, value in asdict(cfg).items() if name not in ("run", "k", "data")}
     runs = {Path(run.output) / "probe.json": run for run in cfg.runs()}
-    reports = {path: read_json(path) or {"datasets": {}, "rows": []} for path in runs}
+    nothing = {"datasets": {}, "rows": []}
+    reports = {path: read_json(path, ProbeFile) or deepcopy(nothing) for path in runs}
     for path, report in reports.items():
         for data in report["datasets"].keys() & set(cfg.data):
             made = report["datasets"][data]["asked"]
             check_same(f"{data} in {path}", made, asked | _of_file(data))
-    model = None
-    for data in cfg.data:
-        missing = [path for path in runs if data not in reports[path]["datasets"]]
-        if not missing:
-            continue
-        some = runs[missing[0]]
-        model = model or _load_model(some)
-        texts = load_labelled(
+    lacking = {
+        data: [path for path in runs if data not in reports[path]["datasets"]] for data in cfg.data
+    }
+    labelled = {
+        data: load_labelled(
             data,
             split=cfg.dataset_split,
             text_column=cfg.text_column,
             label_column=cfg.label_column,
             n_texts=cfg.n_texts,
         )
+        for data, missing in lacking.items()
+        if missing
+    }
+    model = None
+    for data, texts in labelled.items():
+        missing = lacking[data]
+        some = runs[missing[0]]
+        model = model or _load_model(some)
         activations = mlp_activations(some, model, texts["text"])
         probed = partial(_probed, labels=texts["label"], n_splits=cfg.n_splits)
         print(f"\n{data}: the MLP's neurons", flush=True)
@@ -171,8 +196,9 @@ def run_probe(cfg: ProbeConfig) -> list[Path]:
         for path in missing:
             run, report = runs[path], reports[path]
             print(f"\n{data}: {run.name}, k = {run.k}, seed {run.seed}", flush=True)
-            sae = SAE.load_from_disk(run.layer_path, device=run.device)
-            who = {"data": data, "name": run.name, "k": _layer_k(run), "run_seed": run.seed}
+            sae = load_layer(run.layer_path, run.device)
+            k = _layer_file(run).get("k")
+            who = {"data": data, "name": run.name, "k": k, "run_seed": run.seed}
             report["rows"] += baselines + probed(who, pool_layer(sae, activations))
             report["summary"] = _summary(report["rows"])
             report["datasets"][data] = {
@@ -213,7 +239,7 @@ def probe_table(paths: Sequence[Path]) -> str:
     """Mean scores of the probes, a data set and layer a line, as Markdown."""
     lines = [["data", "layer", "k", "seed", "features", *SCORES]]
     lines.append(["---"] * len(lines[0]))
-    summaries = [row for path in paths for row in read_json(path)["summary"]]
+    summaries = [row for path in paths for row in read_json(path, ProbeFile)["summary"]]
     for row in sorted(summaries, key=lambda row: row["data"]):
         n = "all" if row["n_features"] is None else row["n_features"]
         who = ["" if row[name] is None else f"{row[name]}" for name in _WHO]
@@ -223,21 +249,21 @@ def probe_table(paths: Sequence[Path]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-@dataclass
+@config
 class ExpertsConfig(AnalysisConfig):
     """Which layers to look into, and on what text."""
 
-    dataset: str | None = None
+    dataset: PathStr | None = None
     """Text to read, named as for train; by default what the layer was trained on."""
-    text_column: str = "text"
+    text_column: Name = "text"
     """Column of that text."""
-    n_tokens: int = 100_000
+    n_tokens: Count = 100_000
     """Tokens to read."""
-    effect_strength: float = 2.0
+    effect_strength: Finite = 2.0
     """Strength, see `steer`, at which its effect on the next token is measured; 0: not."""
-    sample_strength: float = 3.0
+    sample_strength: Finite = 3.0
     """Strength at which each expert is steered for a sample; 0: no samples."""
-    sample_tokens: int = 20
+    sample_tokens: Count = 20
     """Tokens of a sample."""
     prompt: str = "I think that"
     """What the samples continue."""
@@ -260,19 +286,19 @@ def run_experts(cfg: ExpertsConfig) -> list[Path]:
     for run in cfg.runs():
         path = paths[run.output] = Path(run.output) / "experts.json"
         if path.exists():
-            check_same(path, read_json(path)["asked"], asked)
+            check_same(path, read_json(path, ExpertsFile).get("asked", {}), asked)
     model = None
     for run in cfg.runs():
         path = paths[run.output]
-        found = read_json(path)
+        found = read_json(path, ExpertsFile)
         sampled = not cfg.sample_strength or (
             found and any(expert["sample"] is not None for expert in found["experts"])
         )
         if found and sampled:
             continue
         print(f"\n{run.name}, k = {run.k}, seed {run.seed}", flush=True)
+        sae = load_layer(run.layer_path, run.device)
         model = model or _load_model(run)
-        sae = SAE.load_from_disk(run.layer_path, device=run.device)
         x, y_norm = layer_sample(model, sae, run)
         write = contributions(sae, range(sae.cfg.d_sae), x)
         if not found:
@@ -312,25 +338,25 @@ def run_experts(cfg: ExpertsConfig) -> list[Path]:
     return list(paths.values())
 
 
-@dataclass
+@config
 class SteerConfig(AnalysisConfig):
     """Which layers to steer, and how."""
 
-    experts: list[int] | None = None
+    experts: EachOnce[Index] | None = None
     """Units to steer; by default n_experts random ones that fire on over 1 in 100,000 tokens."""
-    n_experts: int = 20
+    n_experts: Count = 20
     """How many, where none are named."""
-    strengths: list[float] = field(default_factory=lambda: [0.5, 1.0, 2.0, 4.0])
+    strengths: EachOnce[Finite] = field(default_factory=lambda: [0.5, 1.0, 2.0, 4.0])
     """Norms of the change at the MLP's output, in mean norms of that output."""
-    n_samples: int = 8
+    n_samples: Annotated[int, Field(ge=2)] = 8
     """Samples of each unit at each strength."""
-    n_tokens: int = 24
+    n_tokens: Count = 24
     """Tokens of a sample."""
-    temperature: float = 1.0
+    temperature: NotNegative = 1.0
     """Temperature of sampling."""
     prompt: str = "I think that"
     """What the samples continue."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the choice of units and of the samples."""
     edit: Literal["contribution", "coefficient"] = "contribution"
     """What an MxD's expert writes: always what it does where its gate is largest, or what raising
@@ -351,16 +377,19 @@ def run_steer(cfg: SteerConfig) -> list[Path]:
     asked = {name: getattr(cfg, name) for name in settings}
     for run in cfg.runs():
         path = Path(run.output) / "steering.json"
-        check_same(path, read_json(path) or {}, asked)
+        check_same(path, read_json(path, SteeringFile) or {}, asked)
+        d_sae = _layer_file(run)["d_sae"]
+        if cfg.experts and max(cfg.experts) >= d_sae:
+            raise ValueError(f"experts={cfg.experts}: {run.output} has experts 0 to {d_sae - 1}")
     model, paths = None, []
     for run in cfg.runs():
         print(f"\n{run.name}, k = {run.k}, seed {run.seed}", flush=True)
         path = Path(run.output) / "steering.json"
-        model = model or _load_model(run)
-        sae = SAE.load_from_disk(run.layer_path, device=run.device)
+        sae = load_layer(run.layer_path, run.device)
         units = cfg.experts or random_units(run, cfg.n_experts, cfg.seed)
-        if not units or not cfg.strengths:
-            raise ValueError(f"nothing to do: units {units} of {path.parent} at {cfg.strengths}")
+        if not units:
+            raise ValueError(f"no unit of {path.parent} fires often enough: name some experts")
+        model = model or _load_model(run)
         x, y_norm = layer_sample(model, sae, run)
         evaluate_steering(
             model,
@@ -376,7 +405,7 @@ def run_steer(cfg: SteerConfig) -> list[Path]:
             n_tokens=cfg.n_tokens,
             temperature=cfg.temperature,
             seed=cfg.seed,
-            done=read_json(path),
+            done=read_json(path, SteeringFile),
             save=partial(write_json, path, indent=None),
         )
         paths.append(path)
@@ -385,7 +414,13 @@ def run_steer(cfg: SteerConfig) -> list[Path]:
 
 def random_units(run: TrainConfig, n: int, seed: int = 0) -> list[int]:
     """Some units that fired on over 1 in 100,000 tokens when SAELens last counted in training."""
-    log_density = load_file(run.layer_path / SPARSITY_FILENAME)["sparsity"]
+    path = run.layer_path / SPARSITY_FILENAME
+    try:
+        log_density = load_file(path)["sparsity"]
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(
+            f"{path} does not say how often units fire ({error}): restore it, or name some experts"
+        ) from error
     live = (log_density > -5).nonzero().flatten()
     order = torch.randperm(len(live), generator=torch.Generator().manual_seed(seed))
     return live[order[:n]].tolist()
@@ -396,7 +431,7 @@ def steering_table(paths: Sequence[Path]) -> str:
     lines = [["layer", "strength", "units", "coherence", "perplexity"]]
     lines.append(["---"] * len(lines[0]))
     for path in paths:
-        report = read_json(path)
+        report = read_json(path, SteeringFile)
         name = report["rows"][0]["name"]
         for strength in sorted({0.0, *(row["strength"] for row in report["rows"])}):
             rows = [row for row in report["rows"] if row["strength"] == strength]

@@ -91,7 +91,7 @@ def own_checkpoints(folder: Path, settings: dict[str, Any]) -> list[Path]:
     own = []
     for path in folder.glob("*"):
         if path.name.isdigit() and path.is_dir() and not path.is_symlink():
-            marker = read_json(path / RUNNER_CFG_FILENAME)
+            marker = read_json(path / RUNNER_CFG_FILENAME, dict[str, Any])
             if marker is None:
                 raise ValueError(f"{path} is no checkpoint of this run: move it away")
             check_same(path, marker, settings)

@@ -7,11 +7,11 @@ import json
 import math
 import signal
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from sae_lens.constants import RUNNER_CFG_FILENAME
-from sae_lens.saes.sae import SAE
 from simple_parsing import ArgumentParser
 from simple_parsing import field as argument
 from transformers.utils.logging import disable_progress_bar
@@ -38,13 +38,15 @@ from mxd_lens.compare import (
     results_stem,
 )
 from mxd_lens.data import load_text
-from mxd_lens.faithfulness import evaluate
-from mxd_lens.files import locked, read_json, write_json
-from mxd_lens.models import load_model
+from mxd_lens.faithfulness import check_heldout, evaluate
+from mxd_lens.fields import Count, Name, PathStr, config
+from mxd_lens.files import ExpertsFile, Row, load_layer, locked, read_json, write_json
+from mxd_lens.models import load_model, mlp_hooks
 from mxd_lens.presets import PRESETS, Preset, dry_run
 from mxd_lens.report import agreement_of, write_report
 from mxd_lens.train import (
     TrainConfig,
+    check_layer,
     check_sources,
     claim_folder,
     load_dataset,
@@ -62,25 +64,25 @@ DEMO = CompareConfig(
 )
 
 
-@dataclass
+@config
 class EvaluateConfig:
     """Which run to evaluate, and on what."""
 
-    run: str = argument(positional=True, metavar="RUN")
+    run: PathStr = argument(positional=True, metavar="RUN")
     """Output folder of `mxd-lens train` or `mxd-lens compare`."""
-    dataset: str | None = None
+    dataset: PathStr | None = None
     """Other text than the run's held-out documents, named as for train."""
-    text_column: str = "text"
+    text_column: Name = "text"
     """Column of that text."""
-    n_sequences: int = 64
+    n_sequences: Count = 64
     """Sequences on which cross-entropies are taken."""
 
 
-@dataclass
+@config
 class DemoConfig:
     """Where the demo's run goes."""
 
-    output: str = DEMO.output
+    output: PathStr = DEMO.output
     """Folder of the run; what it holds is reused."""
 
 
@@ -93,16 +95,20 @@ def run_evaluation(
 ) -> None:
     """Evaluate a finished run: results.json and results.html in its folder, a table on stdout."""
     with locked(Path(cfg.output)):
-        sae = SAE.load_from_disk(cfg.layer_path, device=cfg.device)
-        model = model or load_model(cfg.model, cfg.model_class, cfg.device)
+        results = Path(cfg.output) / f"{results_stem(dataset)}.json"
+        before = read_json(results, dict[str, Any]) or {}
+        sae = load_layer(cfg.layer_path, cfg.device)
+        own = None
         if dataset is None:
-            text = load_documents(cfg, check_sources(cfg, model, load_dataset(cfg)))[1]
+            own = load_dataset(cfg)
+            text = load_documents(cfg, own)[1]
         else:
             text = load_text(dataset, text_column=text_column)
+        model = model or load_model(cfg.model, cfg.model_class, cfg.device)
+        check_sources(cfg, model, own)
         row, density = evaluate(model, sae, text, n_sequences=n_sequences, autocast=cfg.autocast)
         row = {**identity(cfg), **row, "dataset": dataset or f"{cfg.dataset} (held out)"}
-        results = Path(cfg.output) / f"{results_stem(dataset)}.json"
-        row = {**(read_json(results) or {}), **row}  # a comparison has probed it
+        row = {**before, **row}  # a comparison has probed it
         page = results.with_suffix(".html")
         plots.write_page(page, row, density)
         write_json(results, row)
@@ -112,18 +118,21 @@ def run_evaluation(
 
 def run_train(cfg: TrainConfig) -> None:
     """Train, then evaluate on the held-out documents, unless that has been done already."""
-    results = Path(cfg.output) / "results.json"
     with locked(Path(cfg.output)):
-        claim_folder(cfg)
-        model = None
-        if not (cfg.layer_path.exists() and results.exists()):
-            model = load_model(cfg.model, cfg.model_class, cfg.device)
-        train(cfg, model)
-        if model is not None:
-            run_evaluation(cfg, model=model)
-        else:
-            print(plots.table(read_json(results)))
+        claim_folder(cfg, write=False)
+        row = read_json(Path(cfg.output) / "results.json", Row)
+        if row is not None and cfg.layer_path.exists():
+            train(cfg)
+            print(plots.table(row))
             print(f"\nfound finished in {cfg.output}; delete that folder to run again")
+            return
+        dataset = load_dataset(cfg)
+        heldout = load_documents(cfg, dataset)[1]
+        model = load_model(cfg.model, cfg.model_class, cfg.device)
+        check_layer(cfg, model)
+        check_heldout(model, mlp_hooks(model, cfg.layer), heldout, context_size=cfg.context_size)
+        train(cfg, model, dataset)
+        run_evaluation(cfg, model=model)
 
 
 def show_preset(preset: Preset, cfg: TrainConfig) -> None:
@@ -154,7 +163,7 @@ def show_probes(cfg: ProbeConfig) -> None:
 def show_experts(cfg: ExpertsConfig) -> None:
     """`mxd-lens experts`."""
     for path in run_experts(cfg):
-        found = read_json(path)
+        found = read_json(path, ExpertsFile)
         meaningful = sum(expert["meaningful"] for expert in found["experts"])
         print(f"\n{path}: {found['n_live']:,} of {found['d_sae']:,} fire on ", end="")
         print(f"{found['n_tokens']:,} tokens; {meaningful:,} are meaningful. {found['rule']}")
@@ -250,12 +259,12 @@ def main(arguments: list[str] | None = None) -> None:
 
     parser = ArgumentParser(prog="mxd-lens", description="Mixtures of Decoders.")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, (config, _, description, example) in COMMANDS.items():
+    for name, (cfg_class, _, description, example) in COMMANDS.items():
         command = commands.add_parser(
             name, help=description, description=f"{description}. Example: {example}"
         )
         values = None
-        if config is TrainConfig:
+        if cfg_class is TrainConfig:
             values = preset and preset.train_config()
             command.add_argument(
                 "--preset", choices=PRESETS, help="One of the paper's settings, to start from."
@@ -263,7 +272,7 @@ def main(arguments: list[str] | None = None) -> None:
             command.add_argument(
                 "--dry_run", action="store_true", help="With a preset: show it, train nothing."
             )
-        command.add_arguments(config, dest="cfg", default=values)
+        command.add_arguments(cfg_class, dest="cfg", default=values)
     disable_progress_bar()
     try:
         with startup.raise_on_signals():
@@ -275,7 +284,7 @@ def main(arguments: list[str] | None = None) -> None:
             else:
                 COMMANDS[chosen.command][1](chosen.cfg)
     except (ValueError, OSError, AssetError) as error:
-        sys.exit(f"mxd-lens: {error}")
+        sys.exit(f"mxd-lens: {' '.join(str(error).split())}")
     except KeyboardInterrupt as error:
         said = str(error) or "interrupted; the same command goes on with what is not finished"
         print(f"\nmxd-lens: {said}", file=sys.stderr)

@@ -9,18 +9,26 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import field, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from sae_lens.constants import RUNNER_CFG_FILENAME
 from sae_lens.saes.sae import SAE
 
 from mxd_lens import plots
 from mxd_lens.data import Text, load_text
 from mxd_lens.faithfulness import Heldout, evaluate, read_heldout
-from mxd_lens.files import claim, locked, read_json, remove_unfinished, write_json
+from mxd_lens.fields import Count, EachOnce, Index, Name, PathStr, Positive, Seed, config
+from mxd_lens.files import (
+    ComparedRow,
+    claim,
+    load_layer,
+    locked,
+    read_json,
+    remove_unfinished,
+    write_json,
+)
 from mxd_lens.models import load_model, mlp_hooks
 from mxd_lens.probing import (
     SCORES,
@@ -35,43 +43,45 @@ from mxd_lens.train import (
     COMPARISON_FILENAME,
     RunConfig,
     TrainConfig,
+    check_layer,
     check_sources,
     claim_folder,
     fill_activations,
     learning_rate,
     load_dataset,
     load_documents,
+    read_config,
     train,
 )
 
 
-@dataclass(kw_only=True)
+@config
 class CompareConfig(RunConfig):
     """Which layers to train and compare."""
 
-    model: str = "demo:smollm2"
+    model: PathStr = "demo:smollm2"
     """Hugging Face name or local folder of the language model; demo:smollm2 needs no hub."""
-    layer: int = 6
+    layer: Index = 6
     """Which MLP to replace, counted from 0."""
-    dataset: str = "demo:wikipedia"
+    dataset: PathStr = "demo:wikipedia"
     """Hub data set (name or name:config), local .txt/.jsonl/.parquet/.csv, or demo:wikipedia."""
-    output: str = "runs/compare"
+    output: PathStr = "runs/compare"
     """Folder of the comparison. The same command again goes on where it stopped."""
-    training_tokens: int = 1_228_800
+    training_tokens: Count = 1_228_800
     """Tokens to train each layer on, the same ones for all."""
-    architectures: list[str] = field(default_factory=lambda: list(plots.LABELS))
+    architectures: EachOnce[Name] = field(default_factory=lambda: list(plots.LABELS))
     """As `train --architecture`; mxd:paper is the paper's recipe."""
-    k: list[int] = field(default_factory=lambda: [8, 16, 32, 64])
+    k: EachOnce[Count] = field(default_factory=lambda: [8, 16, 32, 64])
     """Experts or units active per token."""
-    seeds: list[int] = field(default_factory=lambda: [0])
+    seeds: EachOnce[Seed] = field(default_factory=lambda: [0])
     """Seeds of the weights and of the batches' order."""
-    lr: float | None = None
+    lr: Positive | None = None
     """Peak learning rate of all layers; by default each architecture's best in our search."""
-    n_sequences: int = 64
+    n_sequences: Count = 64
     """Sequences on which cross-entropies are taken."""
-    probe: str | None = None
+    probe: PathStr | None = None
     """Labelled text to probe every layer on, demo:bbc for one."""
-    n_probe_texts: int = 1200
+    n_probe_texts: Count = 1200
     """Texts of it."""
 
     def __post_init__(self) -> None:
@@ -81,15 +91,17 @@ class CompareConfig(RunConfig):
     def runs(self) -> dict[tuple[str, int, int], TrainConfig]:
         """The training runs, by (architecture as named here, k, seed), in the order they go."""
         shared = {f.name: getattr(self, f.name) for f in fields(RunConfig)}
+        names: dict[str, str] = {}
         runs = {}
         for seed in self.seeds:
             for k in self.k:
                 for name in self.architectures:
-                    architecture, _, recipe = name.partition(":")
-                    known: dict[str, Any] = {"recipe": recipe} if recipe else {}
-                    folder = f"{name.replace(':', '-')}-k{k}-seed{seed}"
-                    runs[name, k, seed] = TrainConfig(
-                        **{**shared, "output": str(Path(self.output) / folder)},
+                    architecture, colon, recipe = name.partition(":")
+                    if colon and architecture != "mxd":
+                        raise ValueError(f"architectures: {name!r}, but only an mxd has recipes")
+                    known: dict[str, Any] = {"recipe": recipe} if colon else {}
+                    run = TrainConfig(
+                        **shared,
                         architecture=architecture,
                         **known,
                         k=k,
@@ -97,6 +109,13 @@ class CompareConfig(RunConfig):
                         lr=self.lr,
                         activations=str(Path(self.output) / "activations"),
                     )
+                    if names.setdefault(run.name, name) != name:
+                        raise ValueError(
+                            f"architectures: {names[run.name]!r} and {name!r} are the same"
+                        )
+                    folder = f"{run.name.replace(':', '-')}-k{k}-seed{seed}"
+                    run.output = str(Path(self.output) / folder)
+                    runs[name, k, seed] = run
         return runs
 
 
@@ -113,17 +132,26 @@ def compare(cfg: CompareConfig, model: Any = None, dataset: Text | None = None) 
     """
     folder = Path(cfg.output)
     with locked(folder):
-        claim_comparison(cfg)
-        dataset = check_sources(cfg, model, dataset)
+        claim_comparison(cfg, write=False)
         runs = cfg.runs()
         finished = {key: _finished_row(run, cfg) for key, run in runs.items()}
-        if not all(finished.values()):
-            model = model or load_model(cfg.model, cfg.model_class, cfg.device)
-            dataset = load_dataset(cfg) if dataset is None else dataset
+        all_rows(folder)
+        if all(finished.values()):
             check_sources(cfg, model, dataset)
+        else:
+            dataset = load_dataset(cfg) if dataset is None else dataset
+            documents = load_documents(cfg, dataset)[1]
+            texts = load_labelled(cfg.probe, n_texts=cfg.n_probe_texts) if cfg.probe else None
+            model = model or load_model(cfg.model, cfg.model_class, cfg.device)
+            for run in runs.values():
+                check_layer(run, model)
+            claim_comparison(cfg)
+            check_sources(cfg, model, dataset)
+            heldout = _heldout(cfg, model, documents, cfg.n_sequences)
             fill_activations(cfg, folder / "activations", model, dataset)
-            heldout = _heldout(cfg, model, load_documents(cfg, dataset)[1], cfg.n_sequences)
-            labelled = _labelled(cfg, model)
+            labelled = None
+            if texts is not None:
+                labelled = mlp_activations(cfg, model, texts["text"]), texts["label"]
             for n, (key, run) in enumerate(runs.items(), 1):
                 if finished[key]:
                     continue
@@ -145,8 +173,11 @@ def compare(cfg: CompareConfig, model: Any = None, dataset: Text | None = None) 
         return [row for row in finished.values() if row]
 
 
-def claim_comparison(cfg: CompareConfig) -> None:
+def claim_comparison(cfg: CompareConfig, *, write: bool = True) -> None:
     """Write down what all layers of a comparison share, or compare it with what is there.
+
+    Args:
+        write: False: only compare.
 
     Raises:
         ValueError: it is another, or the folder holds something else.
@@ -154,7 +185,7 @@ def claim_comparison(cfg: CompareConfig) -> None:
     shared = [f.name for f in fields(RunConfig) if f.name != "output"] + ["n_sequences"]
     settings = {name: getattr(cfg, name) for name in shared}
     writes = (RUNNER_CFG_FILENAME, "activations", "results.json", "results.html")
-    claim(Path(cfg.output), COMPARISON_FILENAME, settings, writes)
+    claim(Path(cfg.output), COMPARISON_FILENAME, settings, writes, write=write)
     remove_unfinished(Path(cfg.output))
 
 
@@ -182,7 +213,8 @@ def all_rows(folder: Path) -> list[dict[str, Any]]:
             row["seed"],
         )
 
-    return sorted((read_json(path) for path in folder.glob("*/results.json")), key=place)
+    rows = (read_json(path, ComparedRow) for path in folder.glob("*/results.json"))
+    return sorted(rows, key=place)
 
 
 def _results(run: TrainConfig) -> Path:
@@ -190,7 +222,7 @@ def _results(run: TrainConfig) -> Path:
 
 
 def _finished_row(run: TrainConfig, cfg: CompareConfig) -> dict[str, Any] | None:
-    row = read_json(_results(run))
+    row = read_json(_results(run), ComparedRow)
     if row is None:
         return None
     claim_folder(run)
@@ -208,14 +240,6 @@ def _heldout(cfg: RunConfig, model: Any, documents: Text, n_sequences: int) -> H
         n_sequences=n_sequences,
         autocast=cfg.autocast,
     )
-
-
-def _labelled(cfg: CompareConfig, model: Any) -> tuple[TextActivations, list[str]] | None:
-    """What the model computes on the labelled texts, and their labels."""
-    if cfg.probe is None:
-        return None
-    texts = load_labelled(cfg.probe, n_texts=cfg.n_probe_texts)
-    return mlp_activations(cfg, model, texts["text"]), texts["label"]
 
 
 def mlp_activations(cfg: RunConfig, model: Any, texts: list[str]) -> TextActivations:
@@ -255,12 +279,12 @@ def measure_again(
     if dataset is None:
         raise ValueError(f"say on which --dataset to measure the layers in {folder}")
     cfg = runs[0]
-    model = load_model(cfg.model, cfg.model_class, cfg.device)
     text = load_text(dataset, text_column=text_column)
+    model = load_model(cfg.model, cfg.model_class, cfg.device)
     heldout = _heldout(cfg, model, text, n_sequences)
     rows = []
     for run in runs:
-        sae = SAE.load_from_disk(run.layer_path, device=run.device)
+        sae = load_layer(run.layer_path, run.device)
         rows.append(measure(model, sae, run, heldout) | {"dataset": dataset})
     write_results(folder, rows, results_stem(dataset))
     return rows
@@ -280,14 +304,11 @@ def finished_runs(folder: Path) -> list[TrainConfig]:
     """The run in this folder, or the finished ones of the comparison in it.
 
     Raises:
-        ValueError: it holds neither, or its run is not finished.
+        ValueError: it holds neither, its run is not finished, or a file there is none of ours.
     """
     alone = folder / RUNNER_CFG_FILENAME
     paths = [alone] if alone.exists() else sorted(folder.glob(f"*/{RUNNER_CFG_FILENAME}"))
-    runs = [TrainConfig(**read_json(path), output=str(path.parent)) for path in paths]
-    for run in runs:
-        if run.device.startswith("cuda") and not torch.cuda.is_available():
-            run.device = "cpu"  # trained on another machine
+    runs = [read_config(path.parent) for path in paths]
     finished = [run for run in runs if run.layer_path.exists()]
     if runs and not finished:
         raise ValueError(f"what is in {folder} is not finished: run its command again")

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
-from itertools import count
+from contextlib import contextmanager
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorData
 from tqdm.auto import tqdm
 
 from mxd_lens import assets
+from mxd_lens.fields import ContextSize, Count, check
 from mxd_lens.files import check_same, claim, locked, read_json, remove_unfinished, write_json
 
 Text = Dataset | IterableDataset
@@ -54,7 +56,8 @@ def load_text(
         ValueError: it cannot be loaded, has no such column, or is empty.
     """
     dataset = DEMO_TEXTS[source]() if source in DEMO_TEXTS else read(source, split, streaming)
-    first = next(iter(dataset), None)
+    with _naming(source):
+        first = next(iter(dataset), None)
     if first is None:
         raise ValueError(f"{source} holds no text")
     if text_column not in first:
@@ -80,14 +83,29 @@ def read(source: str, split: str = "train", streaming: bool = False) -> Text:
         name, _, config = source.partition(":")
         how: dict[str, Any] = {"path": name, "name": config or None, "split": split}
     elif Path(source).is_file():
+        if not Path(source).stat().st_size:
+            raise ValueError(f"{source} is empty")
         builder, options = reader
         how = {"path": builder, "data_files": source, "split": "train", **options}
     else:
         raise ValueError(f"there is no file {source}")
+    with _naming(source):
+        dataset = datasets.load_dataset(**how, streaming=streaming)
+        if reader and not streaming:
+            dataset.data.validate(full=True)  # JSON is not decoded until a row is read
+    return dataset
+
+
+@contextmanager
+def _naming(source: str) -> Iterator[None]:
+    """Say which source cannot be loaded, and the first of the errors that led to it."""
     try:
-        return datasets.load_dataset(**how, streaming=streaming)
+        yield
     except Exception as error:  # `datasets` raises many kinds for one cause: not loadable
-        raise ValueError(f"cannot load {source!r}: {error}") from error
+        cause: BaseException = error
+        while earlier := cause.__cause__ or cause.__context__:
+            cause = earlier
+        raise ValueError(f"cannot load {str(source)!r}: {str(cause) or repr(cause)}") from error
 
 
 def split_documents(dataset: Text, n_heldout: int, seed: int = 0) -> tuple[Text, Text]:
@@ -96,8 +114,10 @@ def split_documents(dataset: Text, n_heldout: int, seed: int = 0) -> tuple[Text,
     Documents are shuffled first; a streamed data set gives its first n_heldout documents.
 
     Raises:
-        ValueError: there are not more than n_heldout documents.
+        ValueError: there are not more than n_heldout documents, or all of these are among the
+            training documents too.
     """
+    check(Count, n_heldout=n_heldout)
     if isinstance(dataset, IterableDataset):
         return dataset.skip(n_heldout), dataset.take(n_heldout)
     if len(dataset) <= n_heldout:
@@ -108,9 +128,13 @@ def split_documents(dataset: Text, n_heldout: int, seed: int = 0) -> tuple[Text,
     dataset = dataset.shuffle(seed=seed)
     train = dataset.select(range(n_heldout, len(dataset)))
     seen = set(train["text"])
-    return train, dataset.select(
-        [i for i, text in enumerate(dataset[:n_heldout]["text"]) if text not in seen]
-    )
+    held = [i for i, text in enumerate(dataset[:n_heldout]["text"]) if text not in seen]
+    if not held:
+        raise ValueError(
+            f"the {n_heldout} documents to hold out are all among those to train on: give more "
+            "different documents"
+        )
+    return train, dataset.select(held)
 
 
 def special_tokens(model: Any) -> Tensor:
@@ -129,10 +153,19 @@ def activations_store(
     device: str,
     autocast_lm: bool,
 ) -> ActivationsStore:
-    """SAELens' store over both hooks of an MLP: one LM pass that stops at the layer."""
+    """SAELens' store over both hooks of an MLP: one LM pass that stops at the layer.
+
+    Raises:
+        ValueError: a size out of range, or a text of no documents or of special tokens only.
+    """
+    check(ContextSize, context_size=context_size)
+    check(Count, batch_size=batch_size, lm_batch_size=lm_batch_size)
+    if next(iter(dataset), None) is None:
+        raise ValueError("there is no document: give more text or hold out fewer")
     # Half of the buffer is served between two shuffles: at least eight batches or LM passes.
     buffer = max(16 * batch_size, 16 * lm_batch_size * context_size // 2)
-    return ActivationsStore.from_config_multi_hook(
+    special = special_tokens(model).to(device)
+    store = ActivationsStore.from_config_multi_hook(
         model,
         dataset=dataset,
         hook_names=list(hooks),
@@ -142,10 +175,17 @@ def activations_store(
         total_training_tokens=0,
         store_batch_size_prompts=lm_batch_size,
         train_batch_size_tokens=batch_size,
-        exclude_special_tokens=special_tokens(model).to(device),
+        exclude_special_tokens=special,
         device=device,
         autocast_lm=autocast_lm,
     )
+    sequences = store._iterate_tokenized_sequences()  # beside those that the store hands out
+    first = next(sequences, None)
+    if first is not None and all(
+        torch.isin(tokens, special).all() for tokens in chain([first], sequences)
+    ):
+        raise ValueError("the text holds special tokens only: nothing to train or measure on")
+    return store
 
 
 class NonFiniteActivations(ValueError):
@@ -172,7 +212,8 @@ def pairs(store: ActivationsStore, hooks: tuple[str, str]) -> Iterator[Float[Ten
 
 def _pair(acts: dict[str, Tensor], hooks: tuple[str, str]) -> Float[Tensor, "tokens d"]:
     pair = torch.cat([acts[hook].float() for hook in hooks], dim=-1)
-    if not torch.stack(pair.aminmax()).isfinite().all():  # both are nan if one number is
+    # Smallest and largest are both nan if one number is.
+    if len(pair) and not torch.stack(pair.aminmax()).isfinite().all():
         wrong = [hook for hook in hooks if not acts[hook].isfinite().all()]
         raise NonFiniteActivations(
             f"inf or nan in the activations at {' and '.join(wrong)}: the language model "
@@ -312,7 +353,7 @@ def stored_pairs(folder: Path, n_tokens: int) -> Float[Tensor, "n_tokens d"]:
 
 def _read_cache_cfg(folder: Path) -> dict[str, Any]:
     """What ``cfg.json`` says of the pairs; that there are none where there is no such file."""
-    cfg = read_json(folder / _CACHE_CFG)
+    cfg = read_json(folder / _CACHE_CFG, dict[str, Any])
     if cfg is not None and cfg.keys() != {"source", *_EMPTY}:
         raise ValueError(f"{folder} holds something else than cached activations: name another")
     return cfg or _EMPTY

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModel, AutoTokenizer
 
 from mxd_lens import assets
+from mxd_lens.fields import Count, check
 
 _MAX_TOKENS = 256  # the model's sentence_bert_config.json
 
@@ -32,8 +33,10 @@ def embed(
         On the device, float32.
 
     Raises:
+        ValueError: batch_size is below 1.
         AssetError: the model cannot be had, see `assets.fetch`.
     """
+    check(Count, batch_size=batch_size)
     model, tokenizer = _load(device)
     embeddings = torch.zeros(len(texts), model.config.hidden_size, device=device)
     # Texts of one length together: little padding.

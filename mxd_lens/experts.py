@@ -36,6 +36,7 @@ from transformer_lens.hook_points import HookPoint
 from mxd_lens.data import Text, special_tokens
 from mxd_lens.embedding import coherence, embed
 from mxd_lens.faithfulness import hooks_of
+from mxd_lens.fields import Count, check
 from mxd_lens.mxd import MxD
 from mxd_lens.probing import read_texts, tokenize
 
@@ -101,9 +102,10 @@ def inspect_experts(
         - ``rank``, ``effective_rank``: see `ranks`; ``sample``: null, for a steered sample.
 
     Raises:
-        ValueError: metadata is missing, the model has no such hook, fewer than 10 different
-            documents have an ordinary token, or no expert fires.
+        ValueError: a size below 1, metadata is missing, the model has no such hook, fewer than
+            10 different documents have an ordinary token, or no expert fires.
     """
+    check(Count, n_tokens=n_tokens, context_size=context_size, lm_batch_size=lm_batch_size)
     hook_name, hook_name_out = hooks_of(sae)
     sae.setup()  # a model that it was attached to has left its own names on the hook points
     corpus = read_corpus(model, texts, n_tokens, context_size)

@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mxd_lens.data import Text, activations_store, special_tokens
+from mxd_lens.fields import Count, check
 from mxd_lens.models import restore_hook_names
 
 Sparse = Float[Tensor, "tokens d_out"]
@@ -75,8 +76,40 @@ def read_heldout(
     Raises:
         ValueError: the text is too short for a single batch.
     """
+    check(Count, n_sequences=n_sequences, n_tokens=n_tokens, batch_size=batch_size)
     restore_hook_names(model)
-    store = activations_store(
+    store = _heldout_store(model, hooks, dataset, context_size, device, batch_size, autocast)
+    special = special_tokens(model).to(device)
+    batches = _token_batches(store, -(-n_tokens // (batch_size * (context_size - 1))))
+    pairs = []
+    for tokens in tqdm(batches, desc="Reading held-out text"):
+        acts = store.get_multi_hook_activations(tokens)
+        keep = ~torch.isin(tokens, special)
+        pairs.append({hook: acts[hook][keep].float() for hook in hooks})
+    return Heldout(hooks, batches, special, pairs, n_sequences)
+
+
+def check_heldout(
+    model: Any, hooks: Hooks, dataset: Text, *, context_size: int, batch_size: int = 16
+) -> None:
+    """Find out before any training whether `read_heldout` will have text enough.
+
+    Raises:
+        ValueError: it will not.
+    """
+    _token_batches(_heldout_store(model, hooks, dataset, context_size, "cpu", batch_size), 1)
+
+
+def _heldout_store(
+    model: Any,
+    hooks: Hooks,
+    dataset: Text,
+    context_size: int,
+    device: str,
+    batch_size: int,
+    autocast: bool = False,
+) -> ActivationsStore:
+    return activations_store(
         model,
         dataset,
         hooks,
@@ -86,14 +119,6 @@ def read_heldout(
         device=device,
         autocast_lm=autocast,
     )
-    special = special_tokens(model).to(device)
-    batches = _token_batches(store, -(-n_tokens // (batch_size * (context_size - 1))))
-    pairs = []
-    for tokens in tqdm(batches, desc="Reading held-out text"):
-        acts = store.get_multi_hook_activations(tokens)
-        keep = ~torch.isin(tokens, special)
-        pairs.append({hook: acts[hook][keep].float() for hook in hooks})
-    return Heldout(hooks, batches, special, pairs, n_sequences)
 
 
 def hooks_of(sae: SAE[Any]) -> Hooks:
@@ -333,6 +358,8 @@ def _measure_in_model(
             )
         sums["ce_replaced_all_positions"] += cross_entropy(everywhere)
     progress.close()
+    if not n:
+        raise ValueError(f"the first {heldout.n_sequences} sequences hold special tokens only")
     ce = {name: value / n for name, value in sums.items()} | known
     heldout.shared["ce_zero_ablation"] = ce["ce_zero_ablation"]
     increase = ce["ce_replaced"] - ce["ce_original"]

@@ -9,9 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from mxd_lens.train import MLPShape, TrainConfig, layer_config, new_layer
+from mxd_lens.train import MLPShape, TrainConfig, shapes_of
 
 
 @dataclass(frozen=True)
@@ -60,6 +58,4 @@ PRESETS = {
 def dry_run(preset: Preset, cfg: TrainConfig) -> dict[str, tuple[int, ...]]:
     """Shapes of the parameters the run would train, without allocating any of them."""
     hooks = (f"blocks.{cfg.layer}.mlp.hook_in", f"blocks.{cfg.layer}.mlp.hook_out")
-    with torch.device("meta"):
-        sae = new_layer(cfg, layer_config(cfg, preset.shape, hooks, device="meta"))
-    return {name: tuple(p.shape) for name, p in sae.named_parameters()}
+    return shapes_of(cfg, preset.shape, hooks)

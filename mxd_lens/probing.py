@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset
+from datasets import ClassLabel, Dataset, Value
 from jaxtyping import Bool, Float, Int
 from sae_lens import SAE
 from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
@@ -37,6 +37,7 @@ from tqdm.auto import tqdm
 
 from mxd_lens import assets
 from mxd_lens.data import read, special_tokens
+from mxd_lens.fields import Count, EachOnce, Index, check
 from mxd_lens.models import restore_hook_names
 from mxd_lens.mxd import MxD
 from mxd_lens.splice import get_mlp
@@ -85,6 +86,8 @@ def load_labelled(
                 f"{', '.join(map(repr, rows.column_names))}"
             )
     label_type = rows.features[label_column]
+    if not isinstance(label_type, Value | ClassLabel):
+        raise ValueError(f"column {label_column!r} of {source} holds no labels, but {label_type}")
 
     def name(label: Any) -> str:
         return str(label_type.int2str(label) if isinstance(label_type, ClassLabel) else label)
@@ -101,7 +104,7 @@ def load_labelled(
     taken: dict[str, str] = {}
     counts = Counter(dict.fromkeys(classes, 0))
     row: Any
-    for row in rows.select_columns([text_column, label_column]).shuffle(seed=seed):
+    for row in rows.select_columns(list({text_column, label_column})).shuffle(seed=seed):
         text, label = row[text_column], row[label_column]
         if not isinstance(text, str):
             raise ValueError(f"column {text_column!r} of {source} holds no text")
@@ -160,6 +163,7 @@ def text_activations(
     Raises:
         ValueError: the model has no such hook, or a text has no ordinary token.
     """
+    check(Count, n_texts=len(texts), context_size=context_size, lm_batch_size=lm_batch_size)
     hooks = [*dict.fromkeys(hooks)]
     tokens = [tokenize(model, text, context_size) for text in tqdm(texts, desc="Tokenizing")]
     special = special_tokens(model)
@@ -329,6 +333,7 @@ def probe(
         ValueError: as many labels as texts are needed, finite features, no more features to
             read than there are; and see `split_texts`.
     """
+    check(EachOnce[Index | None], n_features=n_features)
     n_texts, d = features.shape
     if len(labels) != n_texts:
         raise ValueError(f"{len(labels)} labels for {n_texts} texts")

@@ -20,8 +20,16 @@ from plotly.utils import PlotlyJSONEncoder
 from sae_lens.constants import RUNNER_CFG_FILENAME
 
 from mxd_lens import plots
-from mxd_lens.files import read_json, write_text
-from mxd_lens.train import TrainConfig
+from mxd_lens.files import (
+    ComparedRow,
+    ExpertsFile,
+    ProbeFile,
+    Row,
+    SteeringFile,
+    read_json,
+    write_text,
+)
+from mxd_lens.train import read_config
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 
@@ -38,18 +46,18 @@ def write_report(run: Path) -> Path:
         Where it is.
 
     Raises:
-        ValueError: the folder holds no finished run, or a file in it is not JSON.
+        ValueError: the folder holds no finished run, or a file in it is none of ours.
     """
     name, seed, row = _finished(run)
     this = (name, row["k"], seed)
     parent = run.resolve().parent
-    comparison = read_json(parent / "results.json")
+    comparison = read_json(parent / "results.json", list[ComparedRow] | dict[str, Any])
     if not isinstance(comparison, list):
         comparison = []
     beside = _beside(run, row["k"], seed) if comparison else []
-    experts = read_json(run / "experts.json")
-    steering = _read_all([run, *beside], "steering.json")
-    probes = _read_all([run, *beside], "probe.json")
+    experts = read_json(run / "experts.json", ExpertsFile)
+    steering = _read_all([run, *beside], "steering.json", SteeringFile)
+    probes = _read_all([run, *beside], "probe.json", ProbeFile)
     reads = [row for file in probes for row in file["rows"] if _who(row) == this]
     parts = {
         "title": html.escape(f"{plots.label(name)}, k = {row['k']}, {row['model_name']}"),
@@ -84,22 +92,24 @@ NO_COMPARISON = (
 
 def _finished(run: Path) -> tuple[str, int, dict[str, Any]]:
     """A run's name, seed and row of faithfulness."""
-    cfg, row = read_json(run / RUNNER_CFG_FILENAME), read_json(run / "results.json")
+    of_run = (run / RUNNER_CFG_FILENAME).exists()
+    row = read_json(run / "results.json", Row) if of_run else None
     if (run / "layer").exists() and row is None:
         raise ValueError(f"{run} has not been measured: run `mxd-lens evaluate {run}` first")
-    if cfg is None or not isinstance(row, dict):
+    if row is None:
         raise ValueError(
             f"{run} holds no finished run: name the output folder of `mxd-lens train`, or a "
             "run's folder within a comparison"
         )
-    train_cfg = TrainConfig(**cfg, output=str(run))
-    return train_cfg.name, train_cfg.seed, row
+    cfg = read_config(run)
+    return cfg.name, cfg.seed, row
 
 
 def _beside(run: Path, k: int | None, seed: int) -> list[Path]:
     """The other runs of a comparison that have the same k and seed."""
     run = run.resolve()
-    rows = {path.parent: read_json(path) for path in sorted(run.parent.glob("*/results.json"))}
+    paths = sorted(run.parent.glob("*/results.json"))
+    rows = {path.parent: read_json(path, Row) for path in paths}
     return [
         folder
         for folder, row in rows.items()
@@ -107,9 +117,9 @@ def _beside(run: Path, k: int | None, seed: int) -> list[Path]:
     ]
 
 
-def _read_all(folders: list[Path], name: str) -> list[Any]:
+def _read_all(folders: list[Path], name: str, kind: Any) -> list[Any]:
     """What those of the folders' files say that there are."""
-    return [file for folder in folders if (file := read_json(folder / name)) is not None]
+    return [file for folder in folders if (file := read_json(folder / name, kind)) is not None]
 
 
 # Parts of the page

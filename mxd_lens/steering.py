@@ -35,6 +35,7 @@ from transformers import Cache
 from mxd_lens.data import special_tokens
 from mxd_lens.embedding import coherence, embed
 from mxd_lens.faithfulness import hooks_of
+from mxd_lens.fields import Count, EachOnce, Finite, Index, NotNegative, check
 from mxd_lens.mxd import MxD
 
 Amount = float | Float[Tensor, "n_experts"] | Float[Tensor, "batch n_experts"]
@@ -104,6 +105,8 @@ def steer(
             f"{edit} has shape {tuple(amounts.shape)}: for {len(units)} experts give one number, "
             f"[{len(units)}] or [batch, {len(units)}]"
         )
+    if not amounts.isfinite().all():
+        raise ValueError(f"{edit}={amount}: must be finite")
     layer = _layer_of(model, sae)
     n_past = 0  # tokens before those of the current forward pass
 
@@ -237,8 +240,10 @@ def effect_amounts(
         write: what adding 1 changes, where it is to be that, see `steer`.
 
     Raises:
-        ValueError: an expert that does not exist, or has no effect at all.
+        ValueError: an expert that does not exist, or has no effect at all, or a strength or norm
+            that is not finite.
     """
+    check(Finite, strength=strength, y_norm=y_norm)
     units = _check_experts(sae, experts).to(sae.device)
     if write is None and isinstance(sae, MxD):
         W_dec = sae.W_dec[units]
@@ -289,9 +294,11 @@ def generate_steered(
         n_samples texts for each expert, without the prompt.
 
     Raises:
-        ValueError: an expert that does not exist or is there twice, or more tokens than the
-            model reads.
+        ValueError: an expert that does not exist or is there twice, more tokens than the model
+            reads, or a setting out of range.
     """
+    check(Count, n_samples=n_samples, n_tokens=n_tokens, batch_size=batch_size)
+    check(NotNegative, temperature=temperature)
     prompted = model.to_tokens(prompt)  # [1, pos]
     special = special_tokens(model).to(prompted.device)
     ordinary = (~torch.isin(prompted[0], special)).nonzero()[:, 0].tolist()
@@ -436,9 +443,11 @@ def evaluate_steering(
         scores, and ``samples``.
 
     Raises:
-        ValueError: an expert that does not exist or has no effect, fewer than two samples, or
-            ``done`` has been made with other settings.
+        ValueError: an expert that does not exist or has no effect, fewer than two samples, a
+            setting out of range, or ``done`` has been made with other settings.
     """
+    check(EachOnce[Finite], strengths=strengths)
+    check(EachOnce[Index], experts=experts)
     if n_samples < 2:
         raise ValueError(f"n_samples={n_samples}: coherence needs at least 2 of each expert")
     settings = {

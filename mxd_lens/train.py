@@ -11,11 +11,11 @@ from dataclasses import asdict, dataclass, fields
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_type_hints
 
 import torch
 from sae_lens.config import SAETrainerConfig
-from sae_lens.constants import RUNNER_CFG_FILENAME, SPARSITY_FILENAME
+from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SPARSITY_FILENAME
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.sae import SAE, SAEMetadata, TrainingSAE, TrainingSAEConfig
 from sae_lens.saes.topk_sae import TopKTrainingSAE
@@ -33,7 +33,27 @@ from mxd_lens.data import (
     pairs,
     split_documents,
 )
-from mxd_lens.files import claim, locked, read_json, remove_unfinished, whole, write_json
+from mxd_lens.fields import (
+    ContextSize,
+    Count,
+    Device,
+    Index,
+    Name,
+    PathStr,
+    Positive,
+    Seed,
+    check,
+    config,
+)
+from mxd_lens.files import (
+    claim,
+    load_layer,
+    locked,
+    read_json,
+    remove_unfinished,
+    whole,
+    write_json,
+)
 from mxd_lens.fingerprint import model_fingerprint, text_fingerprint
 from mxd_lens.matching import matched_d_sae
 from mxd_lens.models import ModelClass, load_model, mlp_hooks
@@ -56,33 +76,33 @@ BEST_LR = {
 whose gate keeps more of its meaning at a lower one (CONTRIBUTING.md)."""
 
 
-@dataclass(kw_only=True)
+@config
 class RunConfig:
     """Which layer of which model on which text: what all layers of a comparison share."""
 
-    model: str
+    model: PathStr
     """Hugging Face name or local folder of the language model; demo:smollm2 needs no hub."""
-    layer: int
+    layer: Index
     """Which MLP to replace, counted from 0."""
-    dataset: str
+    dataset: PathStr
     """Hub data set (name or name:config), local .txt/.jsonl/.parquet/.csv, or demo:wikipedia."""
-    output: str
+    output: PathStr
     """Folder of the run. The same command again resumes what was interrupted there."""
-    expansion: int = 16
+    expansion: Count = 16
     """Every layer gets the parameters of a transcoder with expansion * d_in units."""
-    training_tokens: int = 1_024_000
+    training_tokens: Count = 1_024_000
     """Tokens to train on; a shorter text is repeated."""
-    batch_size: int = 2048
+    batch_size: Count = 2048
     """Tokens per training step."""
-    context_size: int = 128
+    context_size: ContextSize = 128
     """Tokens per sequence the language model reads."""
-    lm_batch_size: int = 32
+    lm_batch_size: Count = 32
     """Sequences per language-model pass."""
-    heldout_documents: int = 1000
+    heldout_documents: Count = 1000
     """Documents kept for evaluation, the same for every seed."""
-    text_column: str = "text"
+    text_column: Name = "text"
     """Column of the data set that holds the text."""
-    dataset_split: str = "train"
+    dataset_split: Name = "train"
     """Split of a hub data set."""
     streaming: bool = False
     """Stream the data set instead of downloading it whole."""
@@ -90,9 +110,9 @@ class RunConfig:
     """How TransformerLens wraps the model."""
     autocast: bool = False
     """Run the language model and the layer in bfloat16 where that is safe."""
-    n_checkpoints: int = 3
+    n_checkpoints: Index = 3
     """Checkpoints on the way; the newest is kept until the run is done."""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    device: Device = "cuda" if torch.cuda.is_available() else "cpu"
     """Device of the model and the layer."""
 
     def __post_init__(self) -> None:
@@ -107,30 +127,30 @@ class RunConfig:
         return self.training_tokens // self.batch_size
 
 
-@dataclass(kw_only=True)
+@config
 class TrainConfig(RunConfig):
     """One training run. Everything not said here is the recipe's."""
 
     architecture: str = "mxd"
     """mxd, topk_transcoder, topk_skip_transcoder, or any in SAELens' training registry, which
     is then an SAE of the MLP's output (topk, jumprelu, ...)."""
-    k: int = 32
+    k: Count = 32
     """Experts or units active per token, where the architecture has a k."""
-    d_sae: int | None = None
+    d_sae: Count | None = None
     """Number of experts or units; by default as many as match the expansion's parameters."""
     recipe: Recipe = "centred"
     """Of an mxd. centred: hidden units from the original MLP, centred gate. paper: random."""
     sae_options: str = "{}"
     """Further fields of the architecture's SAELens training config, as JSON."""
-    lr: float | None = None
+    lr: Positive | None = None
     """Peak learning rate; by default the architecture's best in our search."""
-    lr_warm_up_steps: int | None = None
+    lr_warm_up_steps: Index | None = None
     """Steps of linear warm-up, by default a tenth."""
-    lr_decay_steps: int | None = None
+    lr_decay_steps: Index | None = None
     """Steps of linear decay to zero at the end, by default the last fifth."""
-    activations: str | None = None
+    activations: PathStr | None = None
     """Folder that keeps the MLP's inputs and outputs, to share one pass of the model."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the weights and of the batches' order."""
 
     def __post_init__(self) -> None:
@@ -140,19 +160,37 @@ class TrainConfig(RunConfig):
                 f"unknown architecture {self.architecture!r}; known: "
                 f"{', '.join(sorted(SAE_TRAINING_CLASS_REGISTRY))}"
             )
-        if self.recipe not in get_args(Recipe):
-            raise ValueError(f"recipe must be one of {get_args(Recipe)}, got {self.recipe!r}")
+        warm_up, decay = self.warm_up_and_decay
+        if warm_up + decay > self.steps:
+            raise ValueError(
+                f"lr_warm_up_steps={warm_up} and lr_decay_steps={decay} are more than the run's "
+                f"{self.steps} steps, training_tokens // batch_size"
+            )
         try:
             options = json.loads(self.sae_options)
         except json.JSONDecodeError as error:
             raise ValueError(f"sae_options is not JSON: {error}") from error
         _, cfg_class = SAE_TRAINING_CLASS_REGISTRY[self.architecture]
-        known = _fields(cfg_class)
+        known = _fields(cfg_class) - {"d_in", "d_out", "device", "metadata"}
         if not isinstance(options, dict) or not options.keys() <= known:
             raise ValueError(
                 f"sae_options must be an object with fields of {cfg_class.__name__}: "
                 f"{', '.join(sorted(known))}"
             )
+        kinds = get_type_hints(cfg_class)
+        for name, value in options.items():
+            check(kinds[name], **{f"sae_options[{name!r}]": value})
+        if self.d_sae is not None and "k" in known:
+            _check_k(self, options.get("k", self.k), options.get("d_sae", self.d_sae))
+
+    @property
+    def warm_up_and_decay(self) -> tuple[int, int]:
+        """Steps in which the learning rate rises, and falls."""
+        warm_up, decay = self.lr_warm_up_steps, self.lr_decay_steps
+        return (
+            self.steps // 10 if warm_up is None else warm_up,
+            self.steps // 5 if decay is None else decay,
+        )
 
     @property
     def name(self) -> str:
@@ -164,6 +202,25 @@ class TrainConfig(RunConfig):
     def layer_path(self) -> Path:
         """Where the trained layer is: load it with ``SAE.load_from_disk``."""
         return Path(self.output) / "layer"
+
+
+def read_config(folder: Path) -> TrainConfig:
+    """The configuration of the run in a folder, on this machine's CPU if it has no such device.
+
+    Raises:
+        ValueError: what the folder holds is not that.
+    """
+    path = folder / RUNNER_CFG_FILENAME
+    values: dict[str, Any] = read_json(path, dict[str, Any]) or {}
+    try:
+        check(Device, device=values.get("device"))
+    except ValueError:
+        values["device"] = "cpu"
+    values["output"] = str(folder)
+    try:
+        return TrainConfig(**values)
+    except ValueError as error:
+        raise ValueError(f"{path} is not the configuration of a run: {error}") from error
 
 
 def load_documents(cfg: RunConfig, dataset: Text | None = None) -> tuple[Text, Text]:
@@ -196,20 +253,23 @@ def train(cfg: TrainConfig, model: Any = None, dataset: Text | None = None) -> S
         Interrupted: a signal came; the run can be resumed.
     """
     with locked(Path(cfg.output)):
-        claim_folder(cfg)
-        dataset = check_sources(cfg, model, dataset)
-        if (cfg.layer_path / "cfg.json").exists():
+        claim_folder(cfg, write=False)
+        if (cfg.layer_path / SAE_CFG_FILENAME).exists():
+            check_sources(cfg, model, dataset)
             drop_checkpoints(_checkpoints(cfg), settings(cfg))
-            return SAE.load_from_disk(cfg.layer_path, device=cfg.device)
+            return load_layer(cfg.layer_path, cfg.device)
         if model is None:
             model = load_model(cfg.model, cfg.model_class, cfg.device)
-            check_sources(cfg, model, dataset)
+        check_layer(cfg, model)
+        claim_folder(cfg)
+        dataset = check_sources(cfg, model, dataset)
         return _train(cfg, model, dataset)
 
 
 def _train(cfg: TrainConfig, model: Any, dataset: Text | None) -> SAE[Any]:
     hooks = mlp_hooks(model, cfg.layer)
     mlp_weights = read_mlp(get_mlp(model, cfg.layer))
+    check_layer(cfg, model)
     if cfg.activations is None:
         torch.manual_seed(cfg.seed)
         documents, _ = load_documents(cfg, dataset)
@@ -332,7 +392,30 @@ def layer_config(
         ),
     }
     known = {name: values[name] for name in values.keys() & _fields(cfg_class)}
-    return cfg_class(**(known | json.loads(cfg.sae_options)))
+    layer_cfg = cfg_class(**(known | json.loads(cfg.sae_options)))
+    _check_k(cfg, getattr(layer_cfg, "k", 1), layer_cfg.d_sae)
+    return layer_cfg
+
+
+def _check_k(cfg: TrainConfig, k: float, d_sae: int) -> None:
+    if not 1 <= k <= d_sae:
+        units = "experts" if cfg.architecture == "mxd" else "units"
+        raise ValueError(
+            f"k={k:g} {units} cannot be active out of d_sae={d_sae}: need 1 <= k <= d_sae"
+        )
+
+
+def shapes_of(
+    cfg: TrainConfig, mlp: MLPShape, hooks: tuple[str, str]
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of the parameters the run would train, without allocating any of them.
+
+    Raises:
+        ValueError: there is no such layer.
+    """
+    with torch.device("meta"):
+        sae = new_layer(cfg, layer_config(cfg, mlp, hooks, device="meta"))
+    return {name: tuple(p.shape) for name, p in sae.named_parameters()}
 
 
 def new_layer(cfg: TrainConfig, layer_cfg: TrainingSAEConfig) -> TrainingSAE[Any]:
@@ -360,16 +443,26 @@ def _start(sae: TrainingSAE[Any], mlp_weights: dict[str, Any], x: Tensor, y: Ten
         sae.b_dec.data.copy_(y.mean(0))
 
 
+def check_layer(cfg: TrainConfig, model: Any) -> None:
+    """Find out before any work whether the run's layer can replace its MLP.
+
+    Raises:
+        ValueError: the model has no such MLP, or there is no layer of this configuration.
+    """
+    mlp = MLPShape.of(read_mlp(get_mlp(model, cfg.layer)))
+    shapes_of(cfg, mlp, mlp_hooks(model, cfg.layer))
+
+
 def _trainer_config(cfg: TrainConfig) -> SAETrainerConfig:
     lr = learning_rate(cfg)
-    warm_up, decay = cfg.lr_warm_up_steps, cfg.lr_decay_steps
+    warm_up, decay = cfg.warm_up_and_decay
     return SAETrainerConfig(
         total_training_samples=cfg.steps * cfg.batch_size,
         train_batch_size_samples=cfg.batch_size,
         lr=lr,
         lr_end=lr,
-        lr_warm_up_steps=cfg.steps // 10 if warm_up is None else warm_up,
-        lr_decay_steps=cfg.steps // 5 if decay is None else decay,
+        lr_warm_up_steps=warm_up,
+        lr_decay_steps=decay,
         device=cfg.device,
         autocast=cfg.autocast,
         n_checkpoints=cfg.n_checkpoints,
@@ -382,18 +475,26 @@ def _checkpoints(cfg: TrainConfig) -> Path:
 
 
 def settings(cfg: TrainConfig) -> dict[str, Any]:
-    """What a run is known by: all but where it and its activations are."""
-    return {k: v for k, v in asdict(cfg).items() if k not in ("output", "activations")}
+    """What a run is known by: all but where it and its activations are.
+
+    Whether these are cached counts: their batches come in another order.
+    """
+    values = asdict(cfg) | {"activations": cfg.activations and "cached"}
+    del values["output"]
+    return values
 
 
-def claim_folder(cfg: TrainConfig) -> None:
+def claim_folder(cfg: TrainConfig, *, write: bool = True) -> None:
     """Write the configuration down, or compare it with the one of the run that is there.
+
+    Args:
+        write: False: only compare.
 
     Raises:
         ValueError: it is another, or the folder holds something else.
     """
     writes = ("layer", "checkpoints", "results.json", "results.html", COMPARISON_FILENAME)
-    claim(Path(cfg.output), RUNNER_CFG_FILENAME, settings(cfg), writes)
+    claim(Path(cfg.output), RUNNER_CFG_FILENAME, settings(cfg), writes, write=write)
     remove_unfinished(Path(cfg.output))
 
 
@@ -417,7 +518,7 @@ def check_sources(cfg: RunConfig, model: Any = None, dataset: Text | None = None
     if dataset is not None:
         sources["text"] = text_fingerprint(dataset)
     path = Path(cfg.output) / "sources.json"
-    known = read_json(path) or {}
+    known = read_json(path, dict[str, str]) or {}
     changed = [name for name in sources if known.get(name, sources[name]) != sources[name]]
     if changed:
         raise ValueError(
@@ -465,4 +566,4 @@ def _save(cfg: TrainConfig, trainer: CheckpointedTrainer) -> SAE[Any]:
         trainer.sae.save_inference_model(unfinished)
         save_file({"sparsity": trainer.log_feature_sparsity}, unfinished / SPARSITY_FILENAME)
     drop_checkpoints(_checkpoints(cfg), settings(cfg))
-    return SAE.load_from_disk(cfg.layer_path, device=cfg.device)
+    return load_layer(cfg.layer_path, cfg.device)

@@ -215,9 +215,10 @@ class TestSteer:
         with pytest.raises(ValueError, match=r"prompt=.*ask for the same"):
             run_steer(config)
 
-    def test_nothing_to_steer(self, config):
-        config.strengths = []
-        with pytest.raises(ValueError, match="nothing to do"):
+    def test_nothing_to_steer(self, config, runs):
+        save_file({"sparsity": torch.full((12,), -10.0)}, runs / "mxd/layer" / SPARSITY_FILENAME)
+        config.experts = None
+        with pytest.raises(ValueError, match=r"no unit of .*mxd fires often enough"):
             run_steer(config)
 
     def test_random_units_are_live_and_decided_by_the_seed(self, config, runs):

@@ -120,6 +120,15 @@ class TestTheUsersFiles:
         with pytest.raises(ValueError, match=r"something else, with runner_cfg\.json in it"):
             compare(make_compare(output=run.output), tiny_bridge, documents)
 
+    @pytest.mark.parametrize("name", ["runner_cfg.json", "sources.json"])
+    def test_a_foreign_file_by_the_name_of_ours(self, make_config, tiny_bridge, documents, name):
+        cfg = make_config()
+        train(cfg, tiny_bridge, documents)
+        for content in ("[]", "{", "3"):
+            (Path(cfg.output) / name).write_text(content)
+            with pytest.raises(ValueError, match=f"{name} is not"):
+                train(cfg, tiny_bridge, documents)
+
     def test_activations_are_not_written_over_a_file(self, tiny_bridge, documents, make_config):
         acts = Path(make_config().output).parent / "acts"
         acts.mkdir()

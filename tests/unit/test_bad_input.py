@@ -1,0 +1,301 @@
+"""Bad values are refused in one sentence that names them, where they are given."""
+
+import json
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+
+from mxd_lens import CompareConfig, compare, inspect_experts, steer, train
+from mxd_lens.analysis import AnalysisConfig, ExpertsConfig, ProbeConfig, SteerConfig
+from mxd_lens.cli import EvaluateConfig, main
+from mxd_lens.data import load_text, split_documents
+from mxd_lens.embedding import embed
+from mxd_lens.faithfulness import read_heldout
+from mxd_lens.files import LOCK
+from mxd_lens.models import mlp_hooks
+from mxd_lens.mxd import MxD
+from mxd_lens.presets import PRESETS
+from mxd_lens.probing import load_labelled, probe, text_activations
+from mxd_lens.steering import effect_amounts, evaluate_steering, generate_steered
+
+from ..conftest import TINY_RUN
+
+
+class TestConfigurations:
+    @pytest.mark.parametrize(
+        ("fields", "message"),
+        [
+            ({"batch_size": 0}, "batch_size=0: must be at least 1"),
+            ({"batch_size": -64}, "batch_size=-64: must be at least 1"),
+            ({"context_size": 0}, "context_size=0: must be at least 3"),
+            ({"context_size": 1}, "context_size=1: must be at least 3"),
+            ({"context_size": 2}, "context_size=2: must be at least 3"),
+            ({"lm_batch_size": 0}, "lm_batch_size=0: must be at least 1"),
+            ({"lm_batch_size": -1}, "lm_batch_size=-1: must be at least 1"),
+            ({"heldout_documents": 0}, "heldout_documents=0: must be at least 1"),
+            ({"heldout_documents": -1}, "heldout_documents=-1: must be at least 1"),
+            ({"layer": -1}, "layer=-1: must be at least 0"),
+            ({"n_checkpoints": -1}, "n_checkpoints=-1: must be at least 0"),
+            ({"device": "cuda:99"}, "device='cuda:99': this machine has no such device"),
+            ({"device": "meta"}, "device='meta': this machine has no such device"),
+            ({"device": "quantum"}, "device='quantum': this machine has no such device"),
+            ({"d_sae": 0}, "d_sae=0: must be at least 1"),
+            ({"k": 2.5}, "k=2.5: must be a valid integer"),
+            ({"k": True}, "k=True: must be a valid integer"),
+            ({"lr": 0.0}, "lr=0.0: must be greater than 0"),
+            ({"lr": float("nan")}, "lr=nan: must be a finite number"),
+            ({"output": ""}, "output='': String should have at least 1 character"),
+            ({"lr_warm_up_steps": 41}, "lr_warm_up_steps=41 .* more than the run's 40 steps"),
+            (
+                {"lr_warm_up_steps": 30, "lr_decay_steps": 11},
+                "lr_warm_up_steps=30 and lr_decay_steps=11 are more",
+            ),
+            ({"sae_options": '{"k": "three"}'}, r"sae_options\['k'\]='three': must be a valid"),
+            ({"sae_options": '{"device": "meta"}'}, "sae_options must be an object with fields"),
+            ({"k": 0, "seed": -1}, "k=0: must be at least 1; seed=-1: must be at least 0"),
+            ({"architecture": "topk", "k": 13}, "k=13 units cannot be active out of d_sae=12"),
+        ],
+    )
+    def test_a_run(self, make_config, fields, message):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            make_config(**fields)
+
+    def test_an_option_of_another_type(self, make_config):
+        options = '{"l0_coefficient": "x"}'
+        with pytest.raises(ValueError, match=r"sae_options\['l0_coefficient'\]='x': must be a val"):
+            make_config(architecture="jumprelu", sae_options=options)
+
+    @pytest.mark.parametrize(
+        ("fields", "message"),
+        [
+            ({"k": []}, r"k=\[\]: name at least one"),
+            ({"seeds": []}, r"seeds=\[\]: name at least one"),
+            ({"architectures": []}, r"architectures=\[\]: name at least one"),
+            ({"k": [2, 2]}, r"k=\[2, 2\]: 2 is there twice"),
+            ({"seeds": [1, 0, 1]}, "1 is there twice"),
+            ({"architectures": ["topk", "topk"]}, "'topk' is there twice"),
+            ({"architectures": ["topk:paper"]}, "'topk:paper', but only an mxd has recipes"),
+            ({"architectures": ["mxd", "mxd:centred"]}, "'mxd' and 'mxd:centred' are the same"),
+            ({"n_sequences": 0}, "n_sequences=0: must be at least 1"),
+            ({"n_sequences": -1}, "n_sequences=-1: must be at least 1"),
+            ({"k": [2, 2.5]}, r"k\[1\]=2.5: must be a valid integer"),
+        ],
+    )
+    def test_a_comparison(self, fields, message):
+        with pytest.raises(ValueError, match=message):
+            CompareConfig(**TINY_RUN | {"output": "nowhere"} | fields)
+
+    @pytest.mark.parametrize(
+        ("cfg_class", "fields", "message"),
+        [
+            (EvaluateConfig, {"n_sequences": 0}, "n_sequences=0: must be at least 1"),
+            (AnalysisConfig, {"k": 0}, "k=0: must be at least 1"),
+            (ProbeConfig, {"data": []}, r"data=\[\]: name at least one"),
+            (ProbeConfig, {"n_splits": 0}, "n_splits=0: must be at least 1"),
+            (ExpertsConfig, {"n_tokens": 0}, "n_tokens=0: must be at least 1"),
+            (
+                ExpertsConfig,
+                {"effect_strength": float("nan")},
+                "effect_strength=nan: must be a fin",
+            ),
+            (SteerConfig, {"strengths": [1.0, 1.0]}, "1.0 is there twice"),
+            (SteerConfig, {"strengths": [float("inf")]}, r"strengths\[0\]=inf: must be a finite"),
+            (SteerConfig, {"temperature": float("nan")}, "temperature=nan: must be a finite"),
+            (SteerConfig, {"n_experts": -1}, "n_experts=-1: must be at least 1"),
+            (SteerConfig, {"experts": []}, r"experts=\[\]: name at least one"),
+            (SteerConfig, {"n_samples": 1}, "n_samples=1: must be at least 2"),
+        ],
+    )
+    def test_an_analysis(self, cfg_class, fields, message):
+        with pytest.raises(ValueError, match=message):
+            cfg_class(run="nowhere", **fields)
+
+    def test_the_same_recipe_is_the_same_folder_by_either_name(self):
+        def folders(name):
+            cfg = CompareConfig(**TINY_RUN | {"output": "out", "k": [2], "architectures": [name]})
+            return [run.output for run in cfg.runs().values()]
+
+        assert folders("mxd") == folders("mxd:centred") == ["out/mxd-k2-seed0"]
+
+    def test_a_path_may_be_a_path(self, make_config, tiny_bridge, documents, tmp_path):
+        cfg = make_config(output=tmp_path / "run", n_checkpoints=3)
+        assert asdict(cfg)["output"] == str(tmp_path / "run")
+        train(cfg, tiny_bridge, documents)
+        assert (tmp_path / "run" / "layer").exists()
+
+    def test_a_changed_copy_is_checked_too(self, make_config):
+        with pytest.raises(ValueError, match="k=-3: must be at least 1"):
+            replace(make_config(), k=-3)
+
+
+class TestBeforeTheWork:
+    @pytest.fixture
+    def untouched(self, at_step):
+        """Nothing is trained."""
+        with at_step(0, lambda: pytest.fail("trained first")):
+            yield
+
+    @pytest.mark.parametrize("architecture", ["topk", "mxd", "topk_transcoder"])
+    def test_a_k_that_one_layer_of_a_comparison_has_not(
+        self, untouched, tiny_bridge, documents, tmp_path, architecture
+    ):
+        sizes = {"expansion": 4, "architectures": [architecture], "k": [2, 1000]}
+        cfg = CompareConfig(**TINY_RUN | {"output": str(tmp_path / "out")} | sizes)
+        with pytest.raises(ValueError, match=r"k=1000 .* cannot be active out of d_sae="):
+            compare(cfg, tiny_bridge, documents)
+        assert [path.name for path in (tmp_path / "out").iterdir()] == [LOCK]
+
+    @pytest.fixture
+    def arguments(self, llama_folder, documents, tmp_path):
+        text = tmp_path / "text.jsonl"
+        documents.to_json(text)
+        fields = TINY_RUN | {"model": str(llama_folder), "dataset": str(text)}
+        fields |= {"output": str(tmp_path / "run"), "d_sae": 12, "k": 3}
+
+        def arguments(**values):
+            return [f"--{name}={value}" for name, value in (fields | values).items()]
+
+        return arguments
+
+    def test_a_heldout_text_that_is_too_short(self, untouched, arguments):
+        with pytest.raises(SystemExit, match=r"^mxd-lens: the held-out text is too short"):
+            main(["train", *arguments(heldout_documents=2)])
+
+    def test_another_file_where_results_will_be(self, untouched, arguments, tmp_path):
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "results.json").write_text("[]")
+        with pytest.raises(SystemExit, match=r"holds something else, with results\.json in it"):
+            main(["train", *arguments()])
+
+    def test_a_layer_that_cannot_be_leaves_its_folder_free(self, arguments, tmp_path):
+        with pytest.raises(SystemExit, match="no layer 7"):
+            main(["train", *arguments(layer=7)])
+        assert [path.name for path in (tmp_path / "run").iterdir()] == [LOCK]
+
+
+class TestText:
+    @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.csv", "a.parquet"])
+    def test_an_empty_file(self, tmp_path, name):
+        (tmp_path / name).touch()
+        with pytest.raises(ValueError, match=rf"{name}.* is empty"):
+            load_text(str(tmp_path / name))
+
+    @pytest.mark.parametrize(
+        ("name", "content", "message"),
+        [
+            ("a.txt", b"caf\xe9 \xff", "'utf-8' codec can't decode byte 0xe9"),
+            ("a.csv", b"text\ncaf\xe9\n", "Invalid UTF8"),
+            ("a.jsonl", b'{"text": "fine"}\n{"text": "caf\xe9"}\n', "Invalid UTF8"),
+            ("a.jsonl", b'{"text": "a"}\n{"text": ', "Trailing data"),
+            ("a.csv", b'text\n"a"\n1,2,3\n', "Expected 1 fields in line 3, saw 3"),
+        ],
+    )
+    def test_a_broken_file_and_why(self, tmp_path, name, content, message):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=rf"cannot load '.*{name}': .*{message}"):
+            load_text(str(tmp_path / name))
+
+    def test_documents_that_are_all_the_same(self):
+        with pytest.raises(ValueError, match="2 documents to hold out are all among those to trai"):
+            split_documents(Dataset.from_dict({"text": ["the cat"] * 9}), 2)
+
+    @pytest.mark.parametrize("n", [0, -1])
+    def test_nothing_to_hold_out(self, documents, n):
+        with pytest.raises(ValueError, match=f"n_heldout={n}: must be at least 1"):
+            split_documents(documents, n)
+
+    @pytest.mark.parametrize("cached", [False, True])
+    def test_special_tokens_only(self, tiny_bridge, make_config, tmp_path, cached):
+        documents = Dataset.from_dict({"text": ["</s>" * i for i in range(1, 100)]})
+        activations = str(tmp_path / "activations") if cached else None
+        with pytest.raises(ValueError, match="the text holds special tokens only"):
+            train(make_config(activations=activations), tiny_bridge, documents)
+
+    def test_special_tokens_for_a_while(self, tiny_bridge, documents, make_config, tmp_path):
+        texts = ["</s>" * 100] * 3 + list(documents["text"])
+        mixed = Dataset.from_dict({"text": texts}).to_iterable_dataset()
+        cfg = make_config(activations=str(tmp_path / "activations"), heldout_documents=1)
+        train(cfg, tiny_bridge, mixed)
+
+    def test_a_stream_that_is_all_held_out(self, tiny_bridge, documents, make_config):
+        stream = documents.to_iterable_dataset()
+        with pytest.raises(ValueError, match="there is no document: give more text"):
+            train(make_config(heldout_documents=200), tiny_bridge, stream)
+
+    def test_text_and_labels_in_one_column(self, tmp_path):
+        path = tmp_path / "a.csv"
+        path.write_text("text\na\nb\n")
+        with pytest.raises(ValueError, match=r"has only 1 different texts of class 'a'"):
+            load_labelled(str(path), label_column="text")
+
+    @pytest.mark.parametrize("label", [["a", "b"], {"a": 1}])
+    def test_labels_that_are_none(self, tmp_path, label):
+        path = tmp_path / "a.jsonl"
+        path.write_text("\n".join(json.dumps({"text": f"{i}", "label": label}) for i in range(9)))
+        with pytest.raises(ValueError, match=r"column 'label' of .* holds no labels, but"):
+            load_labelled(str(path))
+
+
+class TestArguments:
+    @pytest.fixture
+    def mxd(self, tiny_bridge, with_metadata):
+        return with_metadata(MxD.from_mlp(tiny_bridge.blocks[1].mlp))
+
+    @pytest.fixture
+    def with_metadata(self):
+        def add(mxd):
+            mxd.cfg.metadata.hook_name = "blocks.1.mlp.hook_in"
+            mxd.cfg.metadata.hook_name_out = "blocks.1.mlp.hook_out"
+            return mxd
+
+        return add
+
+    @pytest.mark.parametrize("name", ["n_sequences", "n_tokens", "batch_size", "context_size"])
+    def test_reading_heldout_text(self, tiny_bridge, documents, name):
+        sizes = {"context_size": 8, name: 0}
+        with pytest.raises(ValueError, match=f"{name}=0: must be at least"):
+            hooks = mlp_hooks(tiny_bridge, 1)
+            read_heldout(tiny_bridge, hooks, documents, device="cpu", **sizes)
+
+    @pytest.mark.parametrize("name", ["n_tokens", "context_size", "lm_batch_size"])
+    def test_inspecting_experts(self, tiny_bridge, mxd, documents, name):
+        with pytest.raises(ValueError, match=f"{name}=0: must be at least 1"):
+            inspect_experts(tiny_bridge, mxd, documents, **{name: 0})
+
+    def test_probes(self, tiny_bridge):
+        with pytest.raises(ValueError, match="lm_batch_size=0: must be at least 1"):
+            text_activations(tiny_bridge, ["the cat"], ["blocks.1.mlp.hook_in"], lm_batch_size=0)
+        with pytest.raises(ValueError, match="n_texts=0: must be at least 1"):
+            text_activations(tiny_bridge, [], ["blocks.1.mlp.hook_in"])
+        with pytest.raises(ValueError, match=r"n_features\[0\]=-1: must be at least 0"):
+            probe(np.eye(8), ["a", "b"] * 4, n_features=[-1])
+
+    def test_steering(self, tiny_bridge, mxd):
+        x, nan = torch.randn(9, 16), float("nan")
+        with pytest.raises(ValueError, match="strength=nan: must be a finite number"):
+            effect_amounts(mxd, [0], nan, x, 1.0)
+        with pytest.raises(ValueError, match="temperature=nan: must be a finite number"):
+            generate_steered(tiny_bridge, mxd, [0], torch.ones(1), temperature=nan)
+        with pytest.raises(ValueError, match="n_samples=0: must be at least 1"):
+            generate_steered(tiny_bridge, mxd, [0], torch.ones(1), n_samples=0)
+        with pytest.raises(ValueError, match=r"strengths\[0\]=inf: must be a finite number"):
+            evaluate_steering(tiny_bridge, mxd, [0], [float("inf")], x, 1.0)
+        with pytest.raises(ValueError, match=r"strengths=\[1, 1\]: 1.0 is there twice"):
+            evaluate_steering(tiny_bridge, mxd, [0], [1, 1], x, 1.0)
+        with (
+            pytest.raises(ValueError, match="add=nan: must be finite"),
+            steer(tiny_bridge, mxd, [0], add=nan),
+        ):
+            pass
+
+    def test_embedding(self):
+        with pytest.raises(ValueError, match="batch_size=0: must be at least 1"):
+            embed(["a text"], batch_size=0)
+
+
+def test_a_preset_whose_warm_up_is_longer_than_the_run():
+    with pytest.raises(ValueError, match="lr_warm_up_steps=5000 and lr_decay_steps=0 are more"):
+        PRESETS["gpt2-124m"].train_config(training_tokens=40_960)

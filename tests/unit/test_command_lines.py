@@ -1,0 +1,297 @@
+"""Whatever is asked of a command, it works or says in one sentence why not."""
+
+import io
+import json
+import random
+import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from mxd_lens.cli import main
+
+from ..conftest import WORDS
+
+number = st.integers(-1, 40).map(str) | st.sampled_from(["", "x", "2.5", "nan", "1_0", "9" * 30])
+real = st.floats(-1, 4, width=16).map(str) | st.sampled_from(["x", "nan", "inf", "-inf", "1e-320"])
+yes_or_no = st.sampled_from(["true", "false", "maybe"])
+column = st.sampled_from(["text", "label", "number", "nothing", ""])
+good_text = st.sampled_from(["text.jsonl", "text.txt", "short.txt", "labelled.csv"])
+bad_text = ["same.txt", "special.txt", "blank.txt", "empty.jsonl", "latin.txt", "broken.jsonl"]
+text = good_text | st.sampled_from([*bad_text, "nothing.txt", "models"])
+labelled = st.sampled_from(["labelled.csv", "lists.jsonl", "text.jsonl", "nothing.csv"])
+architecture = st.sampled_from(["mxd", "topk", "topk_transcoder", "topk_skip_transcoder"])
+architecture |= st.sampled_from(["batchtopk", "jumprelu", "standard", "relu"])
+recipes = st.sampled_from(["mxd", "mxd:paper", "mxd:centred", "mxd:", "topk", "topk:paper"])
+sae_options = ["3", "{", "[]", "{}", '{"k": "three"}', '{"k": 2}', '{"d_sae": 0}']
+sae_options += [
+    '{"d_in": 3}',
+    '{"l0_coefficient": "x"}',
+    '{"l0_coefficient": 1}',
+    '{"dtype": "float16"}',
+]
+sae_options += ['{"dtype": "x"}', '{"aux_loss_coefficient": -1}', '{"d_hidden": 7}']
+
+RUN = {
+    "layer": number,
+    "dataset": text,
+    "expansion": number,
+    "training_tokens": st.integers(-1, 200).map(str),
+    "batch_size": number,
+    "context_size": number,
+    "lm_batch_size": number,
+    "heldout_documents": number,
+    "text_column": column,
+    "dataset_split": st.sampled_from(["train", "test", ""]),
+    "streaming": yes_or_no,
+    "model_class": st.sampled_from(["TransformerBridge", "HookedTransformer", "x"]),
+    "autocast": yes_or_no,
+    "n_checkpoints": number,
+    "device": st.sampled_from(["cpu", "meta", "quantum", "cuda:99", "cpu:x", ""]),
+    "output": st.sampled_from(["text.txt", "text.txt/below"]),
+    "model": st.sampled_from(["models", "nothing", "text.txt", ""]),
+    "lr": real,
+}
+TRAIN = RUN | {
+    "architecture": architecture,
+    "k": number,
+    "d_sae": number,
+    "recipe": st.sampled_from(["centred", "paper", "x"]),
+    "sae_options": st.sampled_from(sae_options),
+    "lr_warm_up_steps": number,
+    "lr_decay_steps": number,
+    "activations": st.sampled_from(["out/activations", "text.txt", ""]),
+    "seed": number,
+}
+COMPARE = RUN | {
+    "architectures": st.lists(recipes, max_size=2),
+    "k": st.lists(number, max_size=2),
+    "seeds": st.lists(number, max_size=2),
+    "n_sequences": number,
+    "probe": labelled,
+    "n_probe_texts": number,
+}
+EVALUATE = {"dataset": text, "text_column": column, "n_sequences": number}
+PROBE = {
+    "k": number,
+    "data": st.lists(labelled, max_size=2),
+    "n_texts": number,
+    "n_splits": st.integers(-1, 2).map(str),
+    "dataset_split": st.sampled_from(["train", "test", ""]),
+    "text_column": column,
+    "label_column": column,
+}
+EXPERTS = {
+    "k": number,
+    "dataset": text,
+    "text_column": column,
+    "n_tokens": number,
+    "effect_strength": real,
+    "sample_strength": real,
+    "sample_tokens": number,
+    "prompt": st.sampled_from(["the cat", "", "</s>", "dog " * 40]),
+}
+STEER = {
+    "k": number,
+    "experts": st.lists(number, max_size=2),
+    "n_experts": st.integers(-1, 3).map(str),
+    "strengths": st.lists(real, max_size=2),
+    "n_samples": st.integers(-1, 3).map(str),
+    "n_tokens": number,
+    "temperature": real,
+    "prompt": st.sampled_from(["the cat", "", "</s>", "dog " * 40]),
+    "seed": number,
+    "edit": st.sampled_from(["coefficient", "contribution", "x"]),
+}
+
+
+@st.composite
+def some_of(draw, options, n=2):
+    """Up to n of the options, with values."""
+    names = draw(st.lists(st.sampled_from(list(options)), max_size=n, unique=True))
+    return {name: draw(options[name]) for name in names}
+
+
+class Hang(BaseException):
+    """A command took too long."""
+
+
+@contextmanager
+def no_hang(seconds: int) -> Iterator[None]:
+    def stop(*_):
+        raise Hang(f"no end after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def letters(texts, **_):
+    counts = [[text.count(letter) + 1 for letter in "abcdefghijklmnopqrstuvwxyz"] for text in texts]
+    return torch.nn.functional.normalize(torch.tensor(counts, dtype=torch.float32), dim=-1)
+
+
+SMALL = {
+    "model": "models",
+    "layer": "1",
+    "dataset": "text.jsonl",
+    "training_tokens": "64",
+    "batch_size": "32",
+    "context_size": "8",
+    "lm_batch_size": "4",
+    "heldout_documents": "20",
+    "device": "cpu",
+    "output": "out",
+}
+COMPARED = {"architectures": ["topk"], "k": ["2"], "expansion": "8", "n_sequences": "4"}
+
+
+def options(values: dict[str, str | list[str]]) -> list[str]:
+    return [
+        part
+        for name, value in values.items()
+        for part in ([f"--{name}={value}"] if isinstance(value, str) else [f"--{name}", *value])
+    ]
+
+
+@pytest.fixture(scope="module")
+def folder(llama_folder, tmp_path_factory):
+    """The current directory: a model, texts, labelled texts, and a finished comparison."""
+    folder = tmp_path_factory.mktemp("commands")
+    shutil.copytree(llama_folder, folder / "models")
+    rng = random.Random(0)
+    documents = [" ".join(rng.choices(WORDS, k=rng.randint(5, 40))) for _ in range(60)]
+    rows = [json.dumps({"text": text, "number": i}) for i, text in enumerate(documents)]
+    (folder / "text.jsonl").write_text("\n".join(rows))
+    (folder / "text.txt").write_text("\n\n".join(documents))
+    (folder / "short.txt").write_text("\n\n".join(documents[:12]))
+    (folder / "same.txt").write_text("\n\n".join(documents[:1] * 60))
+    (folder / "special.txt").write_text("\n\n".join("</s>" * (1 + i) for i in range(60)))
+    (folder / "blank.txt").write_text(" \n\n" * 60)
+    (folder / "empty.jsonl").touch()
+    (folder / "latin.txt").write_bytes(b"caf\xe9 \xff")
+    (folder / "broken.jsonl").write_text('{"text": "a"}\n{"text": ')
+    labels = [f"{text},{'ab'[i % 2]}" for i, text in enumerate(documents)]
+    (folder / "labelled.csv").write_text("\n".join(["text,label", *labels]))
+    lists = [json.dumps({"text": text, "label": ["a"]}) for text in documents]
+    (folder / "lists.jsonl").write_text("\n".join(lists))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mxd_lens.analysis.embed", letters)
+        patch.setattr("mxd_lens.steering.embed", letters)
+        patch.chdir(folder)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        several = {"architectures": ["mxd", "topk"], "output": "finished"}
+        main(["compare", *options(SMALL | COMPARED | several)])
+        yield folder
+        torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def attempt(folder):
+    """``attempt(results, *arguments)``: a command that may write to ``out`` and nowhere else."""
+
+    def others():
+        files = (path for path in folder.rglob("*") if path.is_file())
+        return {path: path.read_bytes() for path in files if not path.is_relative_to(out)}
+
+    out = folder / "out"
+    before = others()
+
+    def attempt(results: str, *arguments: str) -> None:
+        there = set(out.rglob("*"))
+        printed, said = io.StringIO(), io.StringIO()
+        try:
+            with no_hang(30), redirect_stdout(printed), redirect_stderr(said):
+                main(list(arguments))
+        except SystemExit as stopped:
+            if stopped.code == 2:
+                assert said.getvalue().startswith("usage: ")
+            else:
+                assert str(stopped.code).startswith("mxd-lens: ") and "\n" not in stopped.code
+        else:
+            written = set(out.glob(results)) - there
+            assert written and all(path.read_bytes() for path in written)
+        assert others() == before
+
+    return attempt
+
+
+@pytest.fixture(scope="module")
+def analyse(attempt):
+    """``attempt``, with a finished comparison in ``out``."""
+
+    def analyse(results: str, *arguments: str) -> None:
+        shutil.copytree("finished", "out")
+        try:
+            attempt(results, *arguments)
+        finally:
+            shutil.rmtree("out")
+
+    return analyse
+
+
+def examples(n: int):
+    phases = [Phase.generate, Phase.shrink]  # explaining traces every line
+    return settings(max_examples=n, deadline=None, derandomize=True, database=None, phases=phases)
+
+
+RUNS = st.sampled_from(["out", "out/mxd-k2-seed0", "out/topk-k2-seed0", "nowhere", "text.txt"])
+
+
+@examples(45)
+@given(values=some_of(TRAIN))
+def test_train(attempt, values):
+    values = SMALL | {"k": "2", "d_sae": "12"} | values
+    attempt("results.json", "train", *options(values))
+    shutil.rmtree("out", ignore_errors=True)
+
+
+@examples(30)
+@given(values=some_of(COMPARE))
+def test_compare(attempt, values):
+    attempt("results.json", "compare", *options(SMALL | COMPARED | values))
+    shutil.rmtree("out", ignore_errors=True)
+
+
+@examples(25)
+@given(run=RUNS, values=some_of(EVALUATE))
+def test_evaluate(analyse, run, values):
+    values = {"dataset": "short.txt", "n_sequences": "4"} | values
+    analyse("**/results-*.html", "evaluate", run, *options(values))
+
+
+@examples(25)
+@given(run=RUNS, values=some_of(PROBE))
+def test_probe(analyse, run, values):
+    values = {"data": ["labelled.csv"], "n_texts": "20", "n_splits": "1"} | values
+    analyse("*/probe.json", "probe", run, *options(values))
+
+
+@examples(25)
+@given(run=RUNS, values=some_of(EXPERTS))
+def test_experts(analyse, run, values):
+    values = {"n_tokens": "300", "effect_strength": "0", "sample_tokens": "2"} | values
+    analyse("*/experts.json", "experts", run, *options(values))
+
+
+@examples(25)
+@given(run=RUNS, values=some_of(STEER))
+def test_steer(analyse, run, values):
+    values = {"n_samples": "2", "n_tokens": "3", "strengths": ["1"], "experts": ["1"]} | values
+    analyse("*/steering.json", "steer", run, *options(values))
+
+
+@examples(5)
+@given(run=RUNS, k=number)
+def test_report(analyse, run, k):
+    analyse("*/report.html", "report", run, "--k", k)
