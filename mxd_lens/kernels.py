@@ -101,7 +101,7 @@ def to_dense(
 def _operands(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of the gate's product: tokens [n, d_in], W_enc, b_enc, in autocast's precision under it."""
     device = x.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    autocast = device != "meta" and torch.is_autocast_enabled(device)  # it has none
     dtype = torch.get_autocast_dtype(device) if autocast else W_enc.dtype
     return x.reshape(-1, x.shape[-1]).to(dtype), W_enc.to(dtype), b_enc.to(dtype)
 

@@ -84,7 +84,10 @@ def has_hooks(hook: nn.Module) -> bool:
         or hook._forward_hooks
         or hook._backward_pre_hooks
         or hook._backward_hooks
-        or torch_module._has_any_global_hook()
+        or torch_module._global_forward_pre_hooks
+        or torch_module._global_forward_hooks
+        or torch_module._global_backward_pre_hooks
+        or torch_module._global_backward_hooks
     )
 
 

@@ -296,6 +296,9 @@ def split_texts(
     counts = Counter(labels)
     if len(counts) < 2:
         raise ValueError(f"need at least 2 classes, got {list(counts)}")
+    rarest, n = min(counts.items(), key=lambda item: item[1])
+    if n < 2:
+        raise ValueError(f"too few texts of class {rarest!r} to train and test on")
     everything = np.arange(len(labels))
     parts = train_test_split(everything, test_size=test_size, stratify=labels, random_state=seed)
     train, test = map(np.asarray, parts)

@@ -187,7 +187,7 @@ class TestText:
         ("name", "content", "message"),
         [
             ("a.txt", b"caf\xe9 \xff", "'utf-8' codec can't decode byte 0xe9"),
-            ("a.csv", b"text\ncaf\xe9\n", "Invalid UTF8"),
+            ("a.csv", b"text\ncaf\xe9\n", "[uU][tT][fF]-?8"),
             ("a.jsonl", b'{"text": "fine"}\n{"text": "caf\xe9"}\n', "Invalid UTF8"),
             ("a.jsonl", b'{"text": "a"}\n{"text": ', "Trailing data"),
             ("a.csv", b'text\n"a"\n1,2,3\n', "Expected 1 fields in line 3, saw 3"),
