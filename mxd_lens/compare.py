@@ -26,7 +26,6 @@ from mxd_lens.files import (
     load_layer,
     locked,
     read_json,
-    remove_unfinished,
     write_json,
 )
 from mxd_lens.models import load_model, mlp_hooks
@@ -41,6 +40,7 @@ from mxd_lens.probing import (
 )
 from mxd_lens.train import (
     COMPARISON_FILENAME,
+    SOURCES_FILENAME,
     RunConfig,
     TrainConfig,
     check_layer,
@@ -137,6 +137,8 @@ def compare(cfg: CompareConfig, model: Any = None, dataset: Text | None = None) 
         finished = {key: _finished_row(run, cfg) for key, run in runs.items()}
         all_rows(folder)
         if all(finished.values()):
+            if dataset is None and Path(cfg.dataset).is_file():
+                dataset = load_dataset(cfg)
             check_sources(cfg, model, dataset)
         else:
             dataset = load_dataset(cfg) if dataset is None else dataset
@@ -144,6 +146,7 @@ def compare(cfg: CompareConfig, model: Any = None, dataset: Text | None = None) 
             texts = load_labelled(cfg.probe, n_texts=cfg.n_probe_texts) if cfg.probe else None
             model = model or load_model(cfg.model, cfg.model_class, cfg.device)
             for run in runs.values():
+                claim_folder(run, write=False)
                 check_layer(run, model)
             claim_comparison(cfg)
             check_sources(cfg, model, dataset)
@@ -182,11 +185,11 @@ def claim_comparison(cfg: CompareConfig, *, write: bool = True) -> None:
     Raises:
         ValueError: it is another, or the folder holds something else.
     """
-    shared = [f.name for f in fields(RunConfig) if f.name != "output"] + ["n_sequences"]
-    settings = {name: getattr(cfg, name) for name in shared}
-    writes = (RUNNER_CFG_FILENAME, "activations", "results.json", "results.html")
+    shared = [f.name for f in fields(RunConfig)] + ["n_sequences"]
+    elsewhere = ("output", "device", "n_checkpoints")
+    settings = {name: getattr(cfg, name) for name in shared if name not in elsewhere}
+    writes = (RUNNER_CFG_FILENAME, "activations", "results.json", "results.html", SOURCES_FILENAME)
     claim(Path(cfg.output), COMPARISON_FILENAME, settings, writes, write=write)
-    remove_unfinished(Path(cfg.output))
 
 
 def measure(model: Any, sae: SAE[Any], run: TrainConfig, heldout: Heldout) -> dict[str, Any]:
@@ -278,15 +281,19 @@ def measure_again(
     runs = finished_runs(folder)
     if dataset is None:
         raise ValueError(f"say on which --dataset to measure the layers in {folder}")
+    check_one_place(folder, runs)
     cfg = runs[0]
     text = load_text(dataset, text_column=text_column)
     model = load_model(cfg.model, cfg.model_class, cfg.device)
+    for run in runs:
+        check_sources(run, model)
     heldout = _heldout(cfg, model, text, n_sequences)
     rows = []
     for run in runs:
         sae = load_layer(run.layer_path, run.device)
         rows.append(measure(model, sae, run, heldout) | {"dataset": dataset})
-    write_results(folder, rows, results_stem(dataset))
+    with locked(folder):
+        write_results(folder, rows, results_stem(dataset))
     return rows
 
 
@@ -309,12 +316,25 @@ def finished_runs(folder: Path) -> list[TrainConfig]:
     alone = folder / RUNNER_CFG_FILENAME
     paths = [alone] if alone.exists() else sorted(folder.glob(f"*/{RUNNER_CFG_FILENAME}"))
     runs = [read_config(path.parent) for path in paths]
-    finished = [run for run in runs if run.layer_path.exists()]
+    finished = [run for run in runs if run.finished]
     if runs and not finished:
         raise ValueError(f"what is in {folder} is not finished: run its command again")
     if not finished:
         raise ValueError(f"{folder} holds neither a finished run nor a comparison")
     return finished
+
+
+def check_one_place(folder: Path, runs: list[TrainConfig]) -> None:
+    """Refuse runs of more than one MLP, or that read it differently.
+
+    Raises:
+        ValueError: they are.
+    """
+    if len({(r.model, r.model_class, r.layer, r.context_size, r.autocast) for r in runs}) > 1:
+        raise ValueError(
+            f"{folder} holds layers of several models, at several places, or that differ in "
+            "context_size or autocast: name one of the folders in it"
+        )
 
 
 def write_results(folder: Path, rows: list[dict[str, Any]], stem: str = "results") -> None:

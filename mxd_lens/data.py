@@ -6,6 +6,7 @@ the model has filled for many training runs (`cache_pairs`, `cached_pairs`).
 
 from __future__ import annotations
 
+import errno
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -256,8 +257,8 @@ def cache_pairs(
     with locked(folder, waiting):
         if not (folder / _CACHE_CFG).exists():
             claim(folder, _CACHE_CFG, {"source": source} | _EMPTY, [_PAIRS])
-        remove_unfinished(folder)
         cfg = _read_cache_cfg(folder)
+        remove_unfinished(folder)
         check_same(f"the cache of activations in {folder}", cfg["source"], source)
         _check_sum(folder, cfg)
         if cfg["n_tokens"] < n_tokens:
@@ -270,6 +271,7 @@ def _fill(
     dtype = torch.bfloat16 if store.autocast_lm else torch.float32
     special = special_tokens(store.model).to(store.device)
     with (
+        _named(folder / _PAIRS),
         (folder / _PAIRS).open("ab") as file,
         tqdm(desc="Language model", total=n, initial=cfg["n_tokens"], unit="tok") as bar,
     ):
@@ -285,11 +287,8 @@ def _fill(
             keep = ~torch.isin(tokens, special)
             pair = _pair({hook: acts[hook][keep] for hook in hooks}, hooks)
             rows = pair.to(dtype).cpu().view(torch.uint8).numpy().tobytes()
-            try:
-                file.write(rows)
-                file.flush()
-            except OSError as error:
-                raise OSError(f"cannot write {folder / _PAIRS}: {error.strerror}") from error
+            file.write(rows)
+            file.flush()
             cfg |= {
                 "n_tokens": cfg["n_tokens"] + len(pair),
                 "n_lm_batches": i + 1,
@@ -303,6 +302,17 @@ def _fill(
                 return
 
 
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """A full disk says for which file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise OSError(f"cannot write {path}: {error.strerror}") from error
+
+
 def _n_bytes(cfg: dict[str, Any]) -> int:
     return cfg["n_tokens"] * cfg["width"] * getattr(torch, cfg["dtype"]).itemsize
 
@@ -310,7 +320,7 @@ def _n_bytes(cfg: dict[str, Any]) -> int:
 def _check_sum(folder: Path, cfg: dict[str, Any]) -> None:
     """Raises ValueError if the rows that ``cfg.json`` counts are not those that were written."""
     checksum, left = 0, _n_bytes(cfg)
-    if left:
+    if left and (folder / _PAIRS).exists():
         with (folder / _PAIRS).open("rb") as file:
             while left and (block := file.read(min(left, 1 << 24))):
                 checksum = zlib.crc32(block, checksum)

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from mxd_lens.data import Text, activations_store, special_tokens
 from mxd_lens.fields import Count, check
 from mxd_lens.models import restore_hook_names
+from mxd_lens.splice import check_norms
 
 Sparse = Float[Tensor, "tokens d_out"]
 Hooks = tuple[str, str]
@@ -176,6 +177,7 @@ def evaluate(
     """
     metadata = sae.cfg.metadata
     hooks = hooks_of(sae)
+    check_norms(model, metadata, "this layer")
     sae.setup()  # a model that it was attached to has left its own names on the hook points
     restore_hook_names(model)
     if not isinstance(dataset, Heldout):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 import os
 from collections.abc import Iterable
 from functools import wraps
 from typing import Annotated, Any, TypeVar
 
+import numpy as np
 import simple_parsing
 import torch
 from pydantic import (
@@ -30,7 +32,10 @@ def _usable(device: str) -> str:
     try:
         torch.zeros(1, device=device).item()
     except Exception as error:  # each backend has kinds of its own
-        raise ValueError("this machine has no such device to compute on, but it has cpu") from error
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"this machine has no such device to compute on, but it has cpu ({why})"
+        ) from error
     return device
 
 
@@ -46,8 +51,12 @@ def _as_string(path: Any) -> Any:
     return os.fspath(path) if isinstance(path, os.PathLike) else path
 
 
-Index = Annotated[int, Field(ge=0, lt=2**63)]
-Count = Annotated[int, Field(ge=1, lt=2**63)]
+def _as_int(value: Any) -> Any:
+    return operator.index(value) if isinstance(value, np.integer) else value
+
+
+Index = Annotated[int, Field(ge=0, lt=2**63), BeforeValidator(_as_int)]
+Count = Annotated[int, Field(ge=1, lt=2**63), BeforeValidator(_as_int)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 ContextSize = Annotated[int, Field(ge=3, le=2**20)]
 """BOS, a token, and one that it predicts."""

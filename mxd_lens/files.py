@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from typing_extensions import NotRequired, TypedDict
 from mxd_lens.fields import sentence
 
 LOCK = ".mxd-lens.lock"
-_UNFINISHED = ".unfinished"
+_UNFINISHED = re.compile(r"\..+\.\d+\.mxd-lens-unfinished")
 
 
 class LayerFile(TypedDict):
@@ -189,12 +190,13 @@ def remove_unfinished(folder: Path) -> None:
 
     The caller has `locked` it.
     """
-    for path in folder.glob(f".*.*{_UNFINISHED}"):
-        _remove(path)
+    for path in folder.glob(".*"):
+        if _UNFINISHED.fullmatch(path.name):
+            _remove(path)
 
 
 def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}{_UNFINISHED}")
+    return path.with_name(f".{path.name}.{os.getpid()}.mxd-lens-unfinished")
 
 
 def _remove(path: Path) -> None:
@@ -257,6 +259,7 @@ def claim(
     path = folder / marker
     if path.exists():
         check_same(folder, read_json(path, dict[str, Any]), settings)
+        remove_unfinished(folder)
         return
     for name in writes:
         if os.path.lexists(folder / name):
@@ -265,18 +268,19 @@ def claim(
             )
     if write:
         write_json(path, settings)
+        remove_unfinished(folder)
 
 
 def check_same(what: object, made: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
     """Refuse to go on with what was made in another way than is asked for.
 
     Raises:
-        ValueError: a setting that both know differs.
+        ValueError: a setting differs, or is not known of what was made.
     """
-    different = [name for name in asked if name in made and made[name] != asked[name]]
+    different = [name for name in asked if name not in made or made[name] != asked[name]]
     if different:
         theirs, ours = (
-            ", ".join(f"{name}={settings[name]!r}" for name in different)
+            ", ".join(f"{name}={settings.get(name)!r}" for name in different)
             for settings in (made, asked)
         )
         raise ValueError(

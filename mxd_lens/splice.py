@@ -58,19 +58,15 @@ class splice:
         self._originals: dict[int, tuple[nn.Module, dict[str, HookPoint]]] = {}
         for layer, module in layers.items():
             self._originals[layer] = _replace(model, layer, module)
-        self._refused = [
-            name for name in _PROCESSING if hasattr(type(model), name) and name not in vars(model)
-        ]
-        for name in self._refused:
-            vars(model)[name] = partial(_refuse, name)
+        _refuse_processing(model, bool(layers))
 
     def restore(self) -> None:
         """Put the original MLPs back. Safe to call twice."""
+        if self._originals:
+            _refuse_processing(self.model, -1)
         while self._originals:
             layer, (mlp, hooks) = self._originals.popitem()
             _replace(self.model, layer, mlp, hooks)
-        while self._refused:
-            vars(self.model).pop(self._refused.pop(), None)
 
     def __enter__(self) -> splice:
         return self
@@ -120,6 +116,33 @@ def has_folded_norms(model: Any) -> bool:
     return str(model.cfg.normalization_type).endswith("Pre")
 
 
+def check_norms(model: Any, metadata: SAEMetadata, what: str) -> None:
+    """Refuse a layer whose inputs this model does not have, see `has_folded_norms`.
+
+    Raises:
+        ValueError: it was trained on weights that were processed otherwise.
+    """
+    trained_on, here = bool(metadata.norms_folded), has_folded_norms(model)
+    if metadata.model_name is not None and trained_on != here:
+        state = {True: "processed (norms folded in)", False: "unprocessed"}
+        raise ValueError(
+            f"{what} was trained on {state[trained_on]} weights of {metadata.model_name}, this "
+            f"model's are {state[here]}, so its MLPs read other inputs: load it as it was in "
+            "training (mxd_lens.load_model never processes)"
+        )
+
+
+def _refuse_processing(model: Any, change: int) -> None:
+    """Shadow the methods that process weights for as long as any layer is spliced in."""
+    n_splices = vars(model).get("_n_splices", 0) + change
+    vars(model)["_n_splices"] = n_splices
+    for name in _PROCESSING:
+        if n_splices and hasattr(type(model), name):
+            vars(model)[name] = partial(_refuse, name)
+        else:
+            vars(model).pop(name, None)
+
+
 def _refuse(name: str, *_: Any, **__: Any) -> None:
     raise RuntimeError(
         f"{name} would process the model's weights without those of the layers spliced into it: "
@@ -152,15 +175,8 @@ def _check_fits(model: Any, layer: int, module: nn.Module) -> None:
             "model with add_sae, not put in the place of an MLP"
         )
     metadata = getattr(cfg, "metadata", None)
-    if isinstance(metadata, SAEMetadata) and metadata.model_name is not None:
-        trained_on, here = bool(metadata.norms_folded), has_folded_norms(model)
-        if trained_on != here:
-            state = {True: "processed (norms folded in)", False: "unprocessed"}
-            raise ValueError(
-                f"the replacement for layer {layer} was trained on {state[trained_on]} weights of "
-                f"{metadata.model_name}, this model's are {state[here]}, so its MLPs read other "
-                "inputs: load it as it was in training (mxd_lens.load_model never processes)"
-            )
+    if isinstance(metadata, SAEMetadata):
+        check_norms(model, metadata, f"the replacement for layer {layer}")
     for name in ("d_in", "d_out"):
         width = getattr(cfg, name, None)
         if width is not None and width != model.cfg.d_model:

@@ -38,7 +38,7 @@ def prepare() -> None:
     Raises:
         ImportError: one of `KNOWN_WRONG` is installed; the command exits with that sentence.
     """
-    command = Path(sys.argv[0]).name in ("mxd-lens", "-m")
+    command = Path(sys.argv[0]).name == "mxd-lens" or _is_module()
     if command:
         leave_on_signals()
     try:
@@ -47,6 +47,13 @@ def prepare() -> None:
         if command:
             sys.exit(f"mxd-lens: {error}")
         raise
+
+
+def _is_module() -> bool:
+    """True in ``python -m mxd_lens``, and not in a ``python -m`` of another's that imports it."""
+    if sys.argv[0] != "-m" or "-m" not in sys.orig_argv:
+        return False
+    return sys.orig_argv[sys.orig_argv.index("-m") + 1] in ("mxd_lens", "mxd_lens.cli")
 
 
 def check_versions() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from sae_lens.saes.topk_sae import TopKTrainingSAE
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mxd_lens.checkpoints import CheckpointedTrainer, drop_checkpoints
+from mxd_lens.checkpoints import CheckpointedTrainer, drop_checkpoints, own_checkpoints
 from mxd_lens.data import (
     NonFiniteActivations,
     Text,
@@ -50,7 +51,6 @@ from mxd_lens.files import (
     load_layer,
     locked,
     read_json,
-    remove_unfinished,
     whole,
     write_json,
 )
@@ -64,6 +64,8 @@ from mxd_lens.topk_sae import SparseTopKTrainingSAE
 
 COMPARISON_FILENAME = "comparison.json"
 """What says that a folder is that of a comparison."""
+SOURCES_FILENAME = "sources.json"
+"""Which model and text a run was begun with."""
 
 BEST_LR = {
     "mxd": 3e-3,
@@ -167,11 +169,11 @@ class TrainConfig(RunConfig):
                 f"{self.steps} steps, training_tokens // batch_size"
             )
         try:
-            options = json.loads(self.sae_options)
-        except json.JSONDecodeError as error:
+            options = json.loads(self.sae_options, parse_constant=_refuse_constant)
+        except ValueError as error:
             raise ValueError(f"sae_options is not JSON: {error}") from error
         _, cfg_class = SAE_TRAINING_CLASS_REGISTRY[self.architecture]
-        known = _fields(cfg_class) - {"d_in", "d_out", "device", "metadata"}
+        known = _fields(cfg_class) - _SAID_OTHERWISE
         if not isinstance(options, dict) or not options.keys() <= known:
             raise ValueError(
                 f"sae_options must be an object with fields of {cfg_class.__name__}: "
@@ -180,8 +182,8 @@ class TrainConfig(RunConfig):
         kinds = get_type_hints(cfg_class)
         for name, value in options.items():
             check(kinds[name], **{f"sae_options[{name!r}]": value})
-        if self.d_sae is not None and "k" in known:
-            _check_k(self, options.get("k", self.k), options.get("d_sae", self.d_sae))
+        if self.d_sae is not None and "k" in _fields(cfg_class):
+            _check_k(self, self.k, self.d_sae)
 
     @property
     def warm_up_and_decay(self) -> tuple[int, int]:
@@ -202,6 +204,19 @@ class TrainConfig(RunConfig):
     def layer_path(self) -> Path:
         """Where the trained layer is: load it with ``SAE.load_from_disk``."""
         return Path(self.output) / "layer"
+
+    @property
+    def finished(self) -> bool:
+        """True if the trained layer is there."""
+        return (self.layer_path / SAE_CFG_FILENAME).exists()
+
+
+_SAID_OTHERWISE = {"d_in", "d_out", "d_sae", "k", "recipe", "device", "metadata"}
+"""Fields of SAELens' training configurations that follow from the model or the run's own."""
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number")
 
 
 def read_config(folder: Path) -> TrainConfig:
@@ -252,24 +267,31 @@ def train(cfg: TrainConfig, model: Any = None, dataset: Text | None = None) -> S
         OSError: the disk is full; the run can be resumed.
         Interrupted: a signal came; the run can be resumed.
     """
+    if cfg.finished and not os.access(cfg.output, os.W_OK):  # nobody can be at work there
+        return load_layer(cfg.layer_path, cfg.device)
     with locked(Path(cfg.output)):
         claim_folder(cfg, write=False)
-        if (cfg.layer_path / SAE_CFG_FILENAME).exists():
+        if cfg.finished:
+            if dataset is None and Path(cfg.dataset).is_file():
+                dataset = load_dataset(cfg)
             check_sources(cfg, model, dataset)
             drop_checkpoints(_checkpoints(cfg), settings(cfg))
             return load_layer(cfg.layer_path, cfg.device)
+        if os.path.lexists(cfg.layer_path):
+            raise ValueError(f"{cfg.layer_path} is no layer, it has no cfg.json: move it away")
+        own_checkpoints(_checkpoints(cfg), settings(cfg))
+        dataset = load_dataset(cfg) if dataset is None else dataset
         if model is None:
             model = load_model(cfg.model, cfg.model_class, cfg.device)
         check_layer(cfg, model)
         claim_folder(cfg)
-        dataset = check_sources(cfg, model, dataset)
+        check_sources(cfg, model, dataset)
         return _train(cfg, model, dataset)
 
 
-def _train(cfg: TrainConfig, model: Any, dataset: Text | None) -> SAE[Any]:
+def _train(cfg: TrainConfig, model: Any, dataset: Text) -> SAE[Any]:
     hooks = mlp_hooks(model, cfg.layer)
     mlp_weights = read_mlp(get_mlp(model, cfg.layer))
-    check_layer(cfg, model)
     if cfg.activations is None:
         torch.manual_seed(cfg.seed)
         documents, _ = load_documents(cfg, dataset)
@@ -289,7 +311,7 @@ def _train(cfg: TrainConfig, model: Any, dataset: Text | None) -> SAE[Any]:
     if not _reads_pairs(cfg.architecture):
         batches = (batch[:, mlp.d_in :] for batch in batches)
 
-    stop = threading.Event()
+    stop: list[int] = []
     trainer = CheckpointedTrainer(_trainer_config(cfg), sae, _until(stop, batches), settings(cfg))
     for group in trainer.optimizer.param_groups:
         group["fused"] = True  # the same Adam in a third of the time
@@ -298,7 +320,7 @@ def _train(cfg: TrainConfig, model: Any, dataset: Text | None) -> SAE[Any]:
     try:
         with _stopping(stop):
             trainer.fit()
-    except (Interrupted, NonFiniteActivations):
+    except (_Stopped, NonFiniteActivations):
         trainer.save_checkpoint(str(trainer.n_training_samples))
         raise
     if not all(p.isfinite().all() for p in sae.parameters()):
@@ -475,13 +497,12 @@ def _checkpoints(cfg: TrainConfig) -> Path:
 
 
 def settings(cfg: TrainConfig) -> dict[str, Any]:
-    """What a run is known by: all but where it and its activations are.
+    """What a run is known by: all that decides its layer, and not where it is or runs.
 
-    Whether these are cached counts: their batches come in another order.
+    Whether activations are cached counts: their batches come in another order.
     """
     values = asdict(cfg) | {"activations": cfg.activations and "cached"}
-    del values["output"]
-    return values
+    return {k: v for k, v in values.items() if k not in ("output", "device", "n_checkpoints")}
 
 
 def claim_folder(cfg: TrainConfig, *, write: bool = True) -> None:
@@ -493,53 +514,52 @@ def claim_folder(cfg: TrainConfig, *, write: bool = True) -> None:
     Raises:
         ValueError: it is another, or the folder holds something else.
     """
-    writes = ("layer", "checkpoints", "results.json", "results.html", COMPARISON_FILENAME)
+    writes = ("layer", "checkpoints", "results.json", "results.html", SOURCES_FILENAME)
+    writes = (*writes, COMPARISON_FILENAME)
     claim(Path(cfg.output), RUNNER_CFG_FILENAME, settings(cfg), writes, write=write)
-    remove_unfinished(Path(cfg.output))
 
 
-def check_sources(cfg: RunConfig, model: Any = None, dataset: Text | None = None) -> Text | None:
+def check_sources(cfg: RunConfig, model: Any = None, dataset: Text | None = None) -> None:
     """Write down which model and which text a run has, or compare them with what is written.
 
     Args:
-        model, dataset: where they are loaded. A text in a local file is loaded for this.
-
-    Returns:
-        The text, where it is loaded now.
+        model, dataset: what is loaded of them.
 
     Raises:
-        ValueError: they have changed since the run was begun.
+        ValueError: one has changed since the run was begun.
     """
-    if dataset is None and Path(cfg.dataset).is_file():
-        dataset = load_dataset(cfg)
     sources = {}
     if model is not None:
         sources["model"] = model_fingerprint(model)
     if dataset is not None:
         sources["text"] = text_fingerprint(dataset)
-    path = Path(cfg.output) / "sources.json"
+    path = Path(cfg.output) / SOURCES_FILENAME
     known = read_json(path, dict[str, str]) or {}
-    changed = [name for name in sources if known.get(name, sources[name]) != sources[name]]
-    if changed:
-        raise ValueError(
-            f"{cfg.output} was begun with another {' and another '.join(changed)} "
-            f"than {cfg.model!r} and {cfg.dataset!r} are now: choose another folder or delete it"
-        )
+    names = {"model": cfg.model, "text": cfg.dataset}
+    for source, print_now in sources.items():
+        if known.get(source, print_now) != print_now:
+            raise ValueError(
+                f"{cfg.output} was begun with another {source} than {names[source]!r} is now: "
+                "restore it, or choose another folder"
+            )
     if sources.keys() - known.keys():
         write_json(path, known | sources)
-    return dataset
 
 
-def _until(stop: threading.Event, batches: Iterator[Tensor]) -> Iterator[Tensor]:
-    """The batches, until somebody asks to stop: between two steps, where the state is whole."""
+class _Stopped(Interrupted):
+    """Between two steps, where the state is whole."""
+
+
+def _until(stop: list[int], batches: Iterator[Tensor]) -> Iterator[Tensor]:
+    """The batches, until a signal has come."""
     for batch in batches:
-        if stop.is_set():
-            raise Interrupted("training interrupted; run the same command again to resume")
+        if stop:
+            raise _Stopped("training interrupted; run the same command again to resume", stop[0])
         yield batch
 
 
 @contextmanager
-def _stopping(stop: threading.Event) -> Iterator[None]:
+def _stopping(stop: list[int]) -> Iterator[None]:
     """The first SIGINT or SIGTERM ends the step in progress, a second one everything at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -548,7 +568,7 @@ def _stopping(stop: threading.Event) -> Iterator[None]:
     handlers = {number: signal.getsignal(number) for number in signals}
 
     def handle(number: int, _: Any) -> None:
-        stop.set()
+        stop.append(number)
         signal.signal(number, handlers[signal.Signals(number)])
 
     for number in signals:

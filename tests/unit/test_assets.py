@@ -243,8 +243,10 @@ def test_of_two_conversions_at_once_the_second_waits_for_the_first(cache, gguf_w
 
 
 def test_what_a_killed_process_has_left_is_removed(cache, gguf_wheel, monkeypatch):
-    left = cache / "unfinished-8h2k"
+    left = cache / ".mxd-lens-unfinished-8h2k"
     left.mkdir()
+    thesis = cache / "unfinished-thesis"
+    thesis.mkdir()
     (left / "half.gguf").write_text("half")
 
     def convert(gguf: Path, folder: Path) -> None:
@@ -253,7 +255,7 @@ def test_what_a_killed_process_has_left_is_removed(cache, gguf_wheel, monkeypatc
 
     monkeypatch.setattr(assets, "_convert", convert)
     assets.smollm2_dir()
-    assert not left.exists()
+    assert not left.exists() and thesis.exists()
 
 
 @pytest.mark.parametrize(

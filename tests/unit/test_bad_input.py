@@ -53,7 +53,12 @@ class TestConfigurations:
                 {"lr_warm_up_steps": 30, "lr_decay_steps": 11},
                 "lr_warm_up_steps=30 and lr_decay_steps=11 are more",
             ),
-            ({"sae_options": '{"k": "three"}'}, r"sae_options\['k'\]='three': must be a valid"),
+            ({"sae_options": '{"d_hidden": "x"}'}, r"sae_options\['d_hidden'\]='x': must be a val"),
+            ({"sae_options": '{"k": 4}'}, "sae_options must be an object with fields"),
+            (
+                {"sae_options": '{"aux_loss_coefficient": NaN}'},
+                "sae_options is not JSON: NaN is no number",
+            ),
             ({"sae_options": '{"device": "meta"}'}, "sae_options must be an object with fields"),
             ({"k": 0, "seed": -1}, "k=0: must be at least 1; seed=-1: must be at least 0"),
             ({"architecture": "topk", "k": 13}, "k=13 units cannot be active out of d_sae=12"),

@@ -22,7 +22,7 @@ from mxd_lens.data import activations_store, cache_pairs, stored_pairs
 from mxd_lens.files import locked, write_json
 from mxd_lens.fingerprint import model_fingerprint, text_fingerprint
 from mxd_lens.models import mlp_hooks
-from mxd_lens.startup import Interrupted
+from mxd_lens.startup import Interrupted, raise_on_signals
 from mxd_lens.train import claim_folder
 
 from ..conftest import TINY_RUN, randomise
@@ -81,11 +81,17 @@ class TestTheUsersFiles:
         folder = Path(cfg.output)
         (folder / "checkpoints" / "notes.txt").write_text("mine")
         (folder / "checkpoints" / "mine").mkdir()
+        foreign = folder / "checkpoints" / "2024"
+        foreign.mkdir()
+        write_json(foreign / "runner_cfg.json", {"model_name": "gpt2"})
+        (foreign / "thesis.txt").write_text("mine")
+        (folder / ".my.thesis.unfinished").mkdir()
         (folder / "unfinished").mkdir()
         (folder / "unfinished" / "thesis.txt").write_text("mine")
         train(cfg, tiny_bridge, documents)
         left = {path.name for path in (folder / "checkpoints").iterdir()}
-        assert left == {"notes.txt", "mine"}
+        assert left == {"notes.txt", "mine", "2024"}
+        assert (foreign / "thesis.txt").exists() and (folder / ".my.thesis.unfinished").exists()
         assert (folder / "unfinished" / "thesis.txt").read_text() == "mine"
 
     def test_a_link_out_of_the_folder_is_refused(self, tiny_bridge, documents, make_config):
@@ -99,7 +105,7 @@ class TestTheUsersFiles:
             train(cfg, tiny_bridge, documents)
         assert (elsewhere / "32").exists()
 
-    @pytest.mark.parametrize("name", ["layer", "checkpoints", "results.json", "comparison.json"])
+    @pytest.mark.parametrize("name", ["layer", "checkpoints", "results.json", "sources.json"])
     def test_a_folder_with_something_else_in_it_is_refused(self, make_config, name):
         cfg = make_config()
         Path(cfg.output).mkdir()
@@ -183,6 +189,56 @@ class TestAResumedRunIsTheSameRun:
         with pytest.raises(ValueError, match=f"was made with {message}"):
             train(cfg, tiny_bridge, documents)
 
+    def test_a_marker_that_says_nothing_is_not_the_runs(self, stopped, tiny_bridge, documents):
+        cfg = stopped()
+        write_json(Path(cfg.output) / "runner_cfg.json", {})
+        with pytest.raises(ValueError, match=r"made with model=None.* and this asks for model="):
+            train(cfg, tiny_bridge, documents)
+
+    def test_a_second_termination_does_not_save_half_a_step(
+        self, tiny_bridge, documents, make_config, at_step, tmp_path
+    ):
+        whole = train(make_config(output=str(tmp_path / "whole")), tiny_bridge, documents)
+        cfg = make_config(n_checkpoints=3)
+
+        def terminate_twice():
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        with raise_on_signals(), at_step(17, terminate_twice), pytest.raises(Interrupted) as caught:
+            train(cfg, tiny_bridge, documents)
+        assert caught.value.number == signal.SIGTERM
+        resumed = train(cfg, tiny_bridge, documents)
+        for name, weight in whole.state_dict().items():
+            assert torch.equal(weight, resumed.state_dict()[name]), name
+
+    def test_where_it_runs_does_not_matter(self, tiny_bridge, documents, make_config, edit_json):
+        cfg = make_config()
+        train(cfg, tiny_bridge, documents)
+        edit_json(Path(cfg.output) / "runner_cfg.json", device="cuda:7", n_checkpoints=9)
+        train(make_config(n_checkpoints=5), tiny_bridge, documents)
+
+    def test_a_layer_without_its_configuration_is_found_first(
+        self, tiny_bridge, documents, make_config, at_step
+    ):
+        cfg = make_config()
+        train(cfg, tiny_bridge, documents)
+        (cfg.layer_path / "cfg.json").unlink()
+        with (
+            at_step(0, lambda: pytest.fail("trained first")),
+            pytest.raises(ValueError, match=r"layer is no layer, it has no cfg\.json"),
+        ):
+            train(cfg, tiny_bridge, documents)
+
+    def test_a_text_that_the_run_loads_itself_is_compared_too(
+        self, stopped, tiny_bridge, documents, monkeypatch
+    ):
+        cfg = stopped()
+        other = documents.select(range(190))
+        monkeypatch.setattr(sys.modules["mxd_lens.train"], "load_text", lambda *_: other)
+        with pytest.raises(ValueError, match="begun with another text than 'tiny'"):
+            train(cfg, tiny_bridge)
+
     def test_another_text_is_noticed(self, stopped, tiny_bridge, documents, make_config):
         cfg = stopped()
         texts = documents["text"]
@@ -203,7 +259,11 @@ class TestAResumedRunIsTheSameRun:
         documents.to_json(text)
         cfg = make_config(model=str(llama_folder), dataset=str(text))
         train(cfg)
+        main(["evaluate", cfg.output, "--dataset", str(text), "--n_sequences", "4"])
         documents.select(range(150)).to_json(text)
+        main(["evaluate", cfg.output, "--dataset", str(text), "--n_sequences", "4"])
+        with pytest.raises(SystemExit, match="begun with another text"):
+            main(["evaluate", cfg.output, "--n_sequences", "4"])
         with pytest.raises(ValueError, match="begun with another text"):
             train(cfg)
 
@@ -226,9 +286,9 @@ class TestAResumedRunIsTheSameRun:
     def test_a_killed_claim_does_not_brick_the_run(self, tiny_bridge, documents, make_config):
         cfg = make_config()
         Path(cfg.output).mkdir()
-        (Path(cfg.output) / ".runner_cfg.json.123.unfinished").write_text('{"model": "ti')
+        (Path(cfg.output) / ".runner_cfg.json.123.mxd-lens-unfinished").write_text('{"model": "ti')
         train(cfg, tiny_bridge, documents)
-        assert not [*Path(cfg.output).glob(".*.unfinished")]
+        assert not [*Path(cfg.output).glob(".*unfinished")]
 
     def test_fingerprints_tell_models_and_texts_apart(self, tiny_bridge, documents):
         before = model_fingerprint(tiny_bridge), text_fingerprint(documents)
@@ -311,6 +371,18 @@ class TestAFullDisk:
 
 
 class TestSignals:
+    def test_another_programs_are_left_alone(self, tmp_path):
+        (tmp_path / "job.py").write_text(
+            "import signal, mxd_lens\n"
+            "assert signal.getsignal(signal.SIGINT) is signal.default_int_handler\n"
+            "assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL\n"
+        )
+        (tmp_path / "package").mkdir()
+        (tmp_path / "package" / "__init__.py").write_text((tmp_path / "job.py").read_text())
+        (tmp_path / "package" / "__main__.py").touch()
+        for arguments in (["job.py"], ["-m", "package"]):
+            subprocess.run([sys.executable, *arguments], cwd=tmp_path, check=True)
+
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
     @pytest.mark.parametrize("command", [["-m", "mxd_lens"], [shutil.which("mxd-lens") or ""]])
     def test_while_the_command_is_imported(self, number, command):

@@ -359,6 +359,11 @@ class TestProcessedWeights:
             with pytest.raises(RuntimeError, match=r"restore\(\) its MLPs first"):
                 process(lm)
             assert torch.equal(lm(tokens), expected)
+        first, second = splice(lm, {1: mxd}), splice(lm, {2: make_mxd()})
+        first.restore()
+        with pytest.raises(RuntimeError, match="would process"):
+            process(lm)
+        second.restore()
         expected = lm(tokens).log_softmax(-1)
         process(lm)
         torch.testing.assert_close(lm(tokens).log_softmax(-1), expected, rtol=1e-3, atol=1e-3)
