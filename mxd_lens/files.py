@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -173,6 +174,8 @@ def whole(path: Path) -> Iterator[Path]:
         unfinished.replace(path)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors, disk full
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        if not isinstance(error, OSError) and shutil.disk_usage(path.parent).free < 1 << 20:
+            reason = os.strerror(errno.ENOSPC)  # of which torch says only that it was interrupted
         raise OSError(f"cannot write {path}: {reason}") from error
     finally:
         _remove(unfinished)

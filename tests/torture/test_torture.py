@@ -51,9 +51,9 @@ class Command:
     @property
     def sentence(self) -> str:
         """What the command said of its end, where it was not a success."""
-        lines = self.log.read_text().replace("\r", "\n").splitlines()
-        assert not any(line.startswith("Traceback") for line in lines), self.log.read_text()
-        return next((line for line in lines if line.startswith("mxd-lens: ")), "")
+        text = self.log.read_text()
+        assert "Traceback" not in text, text
+        return text[text.rindex("mxd-lens: ") :] if "mxd-lens: " in text else ""
 
 
 def _run(log: str, arguments: list[str]) -> None:
