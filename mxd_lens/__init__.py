@@ -13,7 +13,7 @@ from mxd_lens.data import load_text, split_documents
 from mxd_lens.experts import inspect_experts
 from mxd_lens.faithfulness import evaluate
 from mxd_lens.matching import matched_d_sae
-from mxd_lens.models import load_model
+from mxd_lens.models import bfloat16_is_fast, load_model
 from mxd_lens.mxd import MxD, MxDConfig, TrainingMxD, TrainingMxDConfig
 from mxd_lens.report import write_report
 from mxd_lens.saelens_evals import at_output, run_evals
@@ -47,6 +47,7 @@ __all__ = [
     "TrainingTopKTranscoder",
     "TrainingTopKTranscoderConfig",
     "at_output",
+    "bfloat16_is_fast",
     "compare",
     "evaluate",
     "inspect_experts",

@@ -41,7 +41,7 @@ from mxd_lens.data import load_text
 from mxd_lens.faithfulness import check_heldout, evaluate
 from mxd_lens.fields import Count, Name, PathStr, config
 from mxd_lens.files import ExpertsFile, Row, load_layer, locked, read_json, write_json
-from mxd_lens.models import load_model, mlp_hooks
+from mxd_lens.models import bfloat16_is_fast, load_model, mlp_hooks
 from mxd_lens.presets import PRESETS, Preset, dry_run
 from mxd_lens.report import agreement_of, write_report
 from mxd_lens.train import (
@@ -192,7 +192,7 @@ def run_demo(cfg: DemoConfig) -> None:
         training_tokens=1_024_000,
         architectures=["mxd", "topk_transcoder"],
         k=[32],
-        autocast=True,
+        autocast=bfloat16_is_fast(),
         n_sequences=32,
     )
     rows = compare(demo)

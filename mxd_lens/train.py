@@ -220,17 +220,13 @@ def _refuse_constant(name: str) -> None:
 
 
 def read_config(folder: Path) -> TrainConfig:
-    """The configuration of the run in a folder, on this machine's CPU if it has no such device.
+    """The configuration of the run in a folder, on this machine's device.
 
     Raises:
         ValueError: what the folder holds is not that.
     """
     path = folder / RUNNER_CFG_FILENAME
     values: dict[str, Any] = read_json(path, dict[str, Any]) or {}
-    try:
-        check(Device, device=values.get("device"))
-    except ValueError:
-        values["device"] = "cpu"
     values["output"] = str(folder)
     try:
         return TrainConfig(**values)

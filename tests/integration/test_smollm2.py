@@ -6,7 +6,7 @@ import pytest
 import torch
 from sae_lens import SAE
 
-from mxd_lens import MxD, load_model, splice
+from mxd_lens import MxD, bfloat16_is_fast, load_model, splice
 from mxd_lens.cli import main
 
 PROMPT = "The Battle of Hastings was fought in the year"
@@ -42,7 +42,8 @@ def test_train_on_a_local_file_swap_in_and_measure(tmp_path, capsys):
     wikipedia().shuffle(seed=1).select(range(1500)).to_json(text)
     run = tmp_path / "run"
     arguments = (
-        f"train --model demo:smollm2 --layer 6 --dataset {text} --output {run} --autocast true "
+        f"train --model demo:smollm2 --layer 6 --dataset {text} --output {run} "
+        f"--autocast {bfloat16_is_fast()} "
         "--d_sae 1024 --training_tokens 81920 --heldout_documents 300"
     ).split()
     main(arguments)

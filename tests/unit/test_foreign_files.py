@@ -125,12 +125,6 @@ class TestLayer:
         assert not (tmp_path / "exploded").exists()
 
 
-def test_a_run_of_another_machine_is_read_on_this_ones_cpu(run, edit_json):
-    edit_json(run / "runner_cfg.json", device="cuda:99")
-    (cfg,) = finished_runs(run)
-    assert cfg.device == "cpu"
-
-
 def test_a_configuration_with_fields_of_another_program(run, edit_json):
     edit_json(run / "runner_cfg.json", k=0, n_layers=3)
     message = r"runner_cfg\.json is not .* k=0: must be at least 1; n_layers=3: Unexpected"
