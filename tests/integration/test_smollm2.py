@@ -69,5 +69,5 @@ def test_errors_are_one_sentence(tmp_path):
     common = ["--dataset", "demo:wikipedia", "--output", str(tmp_path / "run")]
     with pytest.raises(SystemExit, match="mxd-lens: no layer 30: this model has layers 0 to 29"):
         main(["train", "--model", "demo:smollm2", "--layer", "30", *common])
-    with pytest.raises(SystemExit, match="is not finished: run its command again"):
+    with pytest.raises(SystemExit, match="holds neither a finished run nor a comparison"):
         main(["evaluate", str(tmp_path)])
