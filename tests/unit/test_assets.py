@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from mxd_lens import assets
-from mxd_lens.assets import AssetError, Wheel
+from mxd_lens.demo import wheels as assets
+from mxd_lens.demo.wheels import AssetError, Wheel
 
 
 @pytest.fixture(autouse=True)

@@ -8,11 +8,13 @@ import pytest
 import torch
 from sae_lens import SAE
 
-from mxd_lens import CompareConfig, compare, evaluate
+from mxd_lens import CompareConfig, evaluate
 from mxd_lens.cli import main
-from mxd_lens.data import activations_store, cache_pairs, cached_pairs, stored_pairs
-from mxd_lens.models import mlp_hooks
-from mxd_lens.train import Interrupted, load_documents
+from mxd_lens.data.activations import activations_store, cache_pairs, cached_pairs, stored_pairs
+from mxd_lens.models.site import mlp_hooks
+from mxd_lens.runs import compare
+from mxd_lens.runs.config import load_documents
+from mxd_lens.runs.train import Interrupted
 
 from ..conftest import TINY_RUN
 
