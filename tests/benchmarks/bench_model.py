@@ -14,8 +14,7 @@ from collections.abc import Callable
 import torch
 from torch.utils.benchmark import Timer
 
-from mxd_lens import MxD, MxDConfig, load_model
-from mxd_lens.models import splice
+from mxd_lens import MxD, MxDConfig, load_model, splice
 
 DEVICE = os.environ.get("DEVICE", "cpu")
 LAYER, N_READ, N_WRITTEN = 6, 128, 32

@@ -20,10 +20,9 @@ import torch
 from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.training.sae_trainer import SAETrainer
 
-from mxd_lens import TrainConfig, load_model
+from mxd_lens import TrainConfig, load_model, train
 from mxd_lens.data.activations import pairs
 from mxd_lens.layers.base import TrainingTopKLayer
-from mxd_lens.runs import train
 
 DEVICE = os.environ.get("DEVICE", "cpu")
 REST = "the rest of the trainer"

@@ -15,10 +15,9 @@ from pathlib import Path
 import torch
 from sae_lens import SAE
 
-from mxd_lens import CompareConfig, load_model
+from mxd_lens import CompareConfig, load_model, train
 from mxd_lens.data.activations import stored_pairs
 from mxd_lens.models.site import hooks_of
-from mxd_lens.runs import train
 from mxd_lens.runs.train import fill_activations
 
 LEARNING_RATES = [1e-3, 3e-3, 1e-2, 3e-2]

@@ -17,13 +17,12 @@ from typing import Any
 
 from datasets import Dataset
 
-from mxd_lens import CompareConfig, load_model
+from mxd_lens import CompareConfig, load_model, train
 from mxd_lens.analysis.faithfulness import evaluate
 from mxd_lens.data.reading import read_heldout, text_activations
 from mxd_lens.data.text import split_documents
 from mxd_lens.demo.corpora import wikipedia
 from mxd_lens.models.site import mlp_hooks
-from mxd_lens.runs import train
 from mxd_lens.runs.compare import probe_scores
 from mxd_lens.runs.config import load_documents
 

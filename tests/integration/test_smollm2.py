@@ -6,9 +6,8 @@ import pytest
 import torch
 from sae_lens import SAE
 
-from mxd_lens import MxD, bfloat16_is_fast, load_model
+from mxd_lens import MxD, bfloat16_is_fast, load_model, splice
 from mxd_lens.cli import main
-from mxd_lens.models import splice
 
 PROMPT = "The Battle of Hastings was fought in the year"
 

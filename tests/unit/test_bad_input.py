@@ -8,7 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from mxd_lens import CompareConfig, inspect_experts, steer
+from mxd_lens import CompareConfig, compare, inspect_experts, steer, train
 from mxd_lens.analysis.embedding import embed
 from mxd_lens.analysis.probing import probe
 from mxd_lens.analysis.steering import effect_amounts, evaluate_steering, generate_steered
@@ -19,7 +19,6 @@ from mxd_lens.data.text import load_text, split_documents
 from mxd_lens.files import LOCK
 from mxd_lens.layers.mxd import MxD
 from mxd_lens.models.site import mlp_hooks
-from mxd_lens.runs import compare, train
 from mxd_lens.runs.analyse import AnalysisConfig, ExpertsConfig, ProbeConfig, SteerConfig
 from mxd_lens.runs.presets import PRESETS
 

@@ -35,10 +35,10 @@ from mxd_lens import (
     TrainingTopKSkipTranscoderConfig,
     TrainingTopKTranscoder,
     TrainingTopKTranscoderConfig,
+    splice,
 )
 from mxd_lens.layers.base import TopKLayer
 from mxd_lens.layers.sae import SparseTopKTrainingSAE
-from mxd_lens.models import splice
 from tests.conftest import randomise
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -6,9 +6,8 @@ import pickle
 import pytest
 import torch
 
-from mxd_lens import CompareConfig, write_report
+from mxd_lens import CompareConfig, compare, train, write_report
 from mxd_lens.cli import main
-from mxd_lens.runs import compare, train
 from mxd_lens.runs.analyse import (
     AnalysisConfig,
     ExpertsConfig,

@@ -15,9 +15,9 @@ from transformer_lens import HookedTransformer
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoTokenizer
 
+from mxd_lens import train
 from mxd_lens.layers.mxd import MxD
 from mxd_lens.models.splice import get_mlp, splice
-from mxd_lens.runs import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

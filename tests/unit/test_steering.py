@@ -13,7 +13,7 @@ from sae_lens.saes.sae import SAE, SAEMetadata
 from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
 from transformers import AutoTokenizer
 
-from mxd_lens.analysis import steering
+from mxd_lens.analysis import judge as steering
 from mxd_lens.analysis.embedding import coherence
 from mxd_lens.analysis.judge import Judge
 from mxd_lens.analysis.steering import (

@@ -11,12 +11,10 @@ from sae_lens.saes.topk_sae import TopKSAE
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from mxd_lens import MxD, TopKSkipTranscoder, TopKTranscoder, evaluate
+from mxd_lens import MxD, TopKSkipTranscoder, TopKTranscoder, evaluate, splice, train
 from mxd_lens.analysis.faithfulness import _kl
 from mxd_lens.data.activations import NonFiniteActivations, activations_store, pairs
-from mxd_lens.models import splice
 from mxd_lens.models.site import mlp_hooks, special_tokens
-from mxd_lens.runs import train
 from mxd_lens.runs.config import load_documents
 from mxd_lens.runs.train import Interrupted
 
