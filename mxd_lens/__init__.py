@@ -8,19 +8,14 @@ from mxd_lens import startup
 
 startup.prepare()
 
-from mxd_lens.compare import CompareConfig, compare
-from mxd_lens.data import load_text, split_documents
-from mxd_lens.experts import inspect_experts
-from mxd_lens.faithfulness import evaluate
-from mxd_lens.matching import matched_d_sae
-from mxd_lens.models import bfloat16_is_fast, load_model
-from mxd_lens.mxd import MxD, MxDConfig, TrainingMxD, TrainingMxDConfig
-from mxd_lens.report import write_report
-from mxd_lens.saelens_evals import at_output, run_evals
-from mxd_lens.splice import splice
-from mxd_lens.steering import steer
-from mxd_lens.train import TrainConfig, train
-from mxd_lens.transcoder import (
+from mxd_lens.analysis.experts.report import inspect_experts
+from mxd_lens.analysis.faithfulness import evaluate
+from mxd_lens.analysis.saelens_evals import at_output, run_evals
+from mxd_lens.analysis.steering import steer
+from mxd_lens.data.text import load_text, split_documents
+from mxd_lens.layers.matching import matched_d_sae
+from mxd_lens.layers.mxd import MxD, MxDConfig, TrainingMxD, TrainingMxDConfig
+from mxd_lens.layers.transcoder import (
     TopKSkipTranscoder,
     TopKSkipTranscoderConfig,
     TopKTranscoder,
@@ -30,6 +25,12 @@ from mxd_lens.transcoder import (
     TrainingTopKTranscoder,
     TrainingTopKTranscoderConfig,
 )
+from mxd_lens.models.load import bfloat16_is_fast, load_model
+from mxd_lens.models.splice import splice
+from mxd_lens.report.page import write_report
+from mxd_lens.runs.compare import CompareConfig, compare
+from mxd_lens.runs.config import TrainConfig
+from mxd_lens.runs.train import train
 
 __all__ = [
     "CompareConfig",

@@ -16,8 +16,23 @@ from simple_parsing import ArgumentParser
 from simple_parsing import field as argument
 from transformers.utils.logging import disable_progress_bar
 
-from mxd_lens import plots, startup
-from mxd_lens.analysis import (
+from mxd_lens import startup
+from mxd_lens.analysis.faithfulness import evaluate
+from mxd_lens.data.reading import check_heldout
+from mxd_lens.data.text import load_text
+from mxd_lens.demo.wheels import AssetError
+from mxd_lens.fields import Count, Name, PathStr, config
+from mxd_lens.files import locked, read_json, write_json
+from mxd_lens.models.load import bfloat16_is_fast, load_model
+from mxd_lens.models.site import mlp_hooks
+from mxd_lens.report.page import (
+    agreement_of,
+    write_comparison_page,
+    write_report,
+    write_run_page,
+)
+from mxd_lens.report.tables import comparison_table, table
+from mxd_lens.runs.analyse import (
     AnalysisConfig,
     ExpertsConfig,
     ProbeConfig,
@@ -28,8 +43,8 @@ from mxd_lens.analysis import (
     run_steer,
     steering_table,
 )
-from mxd_lens.assets import AssetError
-from mxd_lens.compare import (
+from mxd_lens.runs.claims import check_sources, claim_folder
+from mxd_lens.runs.compare import (
     CompareConfig,
     compare,
     finished_runs,
@@ -37,23 +52,10 @@ from mxd_lens.compare import (
     measure_again,
     results_stem,
 )
-from mxd_lens.data import load_text
-from mxd_lens.faithfulness import check_heldout, evaluate
-from mxd_lens.fields import Count, Name, PathStr, config
-from mxd_lens.files import ExpertsFile, Row, load_layer, locked, read_json, write_json
-from mxd_lens.models import bfloat16_is_fast, load_model, mlp_hooks
-from mxd_lens.presets import PRESETS, Preset, dry_run
-from mxd_lens.report import agreement_of, write_report
-from mxd_lens.train import (
-    COMPARISON_FILENAME,
-    TrainConfig,
-    check_layer,
-    check_sources,
-    claim_folder,
-    load_dataset,
-    load_documents,
-    train,
-)
+from mxd_lens.runs.config import COMPARISON_FILENAME, TrainConfig, load_dataset, load_documents
+from mxd_lens.runs.presets import PRESETS, Preset, dry_run
+from mxd_lens.runs.results import ExpertsFile, Row, load_layer
+from mxd_lens.runs.train import check_layer, train
 
 
 @config
@@ -102,9 +104,9 @@ def run_evaluation(
         row = {**identity(cfg), **row, "dataset": dataset or f"{cfg.dataset} (held out)"}
         row = {**before, **row}  # a comparison has probed it
         page = results.with_suffix(".html")
-        plots.write_page(page, row, density)
+        write_run_page(page, row, density)
         write_json(results, row)
-    print(plots.table(row))
+    print(table(row))
     print(f"\n{results}  {page}  {cfg.layer_path}")
 
 
@@ -118,7 +120,7 @@ def run_train(cfg: TrainConfig) -> None:
         row = read_json(Path(cfg.output) / "results.json", Row)
         if row is not None and cfg.finished:
             train(cfg)
-            print(plots.table(row))
+            print(table(row))
             print(f"\nfound finished in {cfg.output}; delete that folder to run again")
             return
         dataset = load_dataset(cfg)
@@ -144,8 +146,9 @@ def run_evaluate(cfg: EvaluateConfig) -> None:
         (run,) = finished_runs(folder)
         run_evaluation(run, cfg.dataset, cfg.text_column, cfg.n_sequences)
     else:
-        rows = measure_again(folder, cfg.dataset, cfg.text_column, cfg.n_sequences)
-        print(plots.comparison_table(rows))
+        path = measure_again(folder, cfg.dataset, cfg.text_column, cfg.n_sequences)
+        write_comparison_page(path)
+        print(comparison_table(read_json(path, list[Row])))
 
 
 def show_probes(cfg: ProbeConfig) -> None:
@@ -180,8 +183,8 @@ def run_report(cfg: AnalysisConfig) -> None:
 
 def run_compare(cfg: CompareConfig) -> None:
     """`mxd-lens compare`."""
-    rows = compare(cfg)
-    print(f"\n{plots.comparison_table(rows)}\n")
+    rows = compare(cfg, measured=write_comparison_page)
+    print(f"\n{comparison_table(rows)}\n")
     print(f"{cfg.output}/results.json  {cfg.output}/results.html")
 
 
@@ -195,8 +198,8 @@ def run_demo(cfg: DemoConfig) -> None:
         autocast=bfloat16_is_fast(),
         n_sequences=32,
     )
-    rows = compare(demo)
-    print(f"\n{plots.table(rows[0])}\n\n{plots.comparison_table(rows)}\n")
+    rows = compare(demo, measured=write_comparison_page)
+    print(f"\n{table(rows[0])}\n\n{comparison_table(rows)}\n")
     mxd = next(iter(demo.runs().values()))
     print(f"{demo.output}/results.json  {demo.output}/results.html  {mxd.layer_path}")
 

@@ -15,93 +15,13 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from pydantic import TypeAdapter, ValidationError
-from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
-from sae_lens.saes.sae import SAE
 from safetensors import SafetensorError
-from typing_extensions import NotRequired, TypedDict
 
 from mxd_lens.fields import sentence
 
 LOCK = ".mxd-lens.lock"
+
 _UNFINISHED = re.compile(r"\..+\.\d+\.mxd-lens-unfinished")
-
-
-class LayerFile(TypedDict):
-    """cfg.json of a layer: SAELens'."""
-
-    architecture: str
-    d_sae: int
-    k: NotRequired[float]
-
-
-class Row(TypedDict):
-    """results.json of a run: what `evaluate` has measured, and other fields."""
-
-    name: NotRequired[str]
-    seed: NotRequired[int]
-    dataset: str
-    architecture: str
-    model_name: str | None
-    hook_name: str
-    hook_name_out: str
-    k: float | None
-    d_sae: int
-    n_parameters: int
-    ce_original: float
-    ce_replaced: float
-    ce_mean_gate: float
-    ce_shuffled_gate: float
-    ce_shuffled_gate_matched: float
-    ce_zero_ablation: float
-    ce_increase: float
-    ce_recovered: float
-    kl: float
-    nmse: float
-    fvu: float
-    l0: float
-    alive_fraction: float
-    always_on: int
-
-
-class ComparedRow(Row):
-    """results.json of a run within a comparison."""
-
-    name: str
-    seed: int
-
-
-class ProbeFile(TypedDict):
-    """probe.json, see `mxd_lens.analysis.run_probe`."""
-
-    datasets: dict[str, dict[str, Any]]
-    rows: list[dict[str, Any]]
-    summary: list[dict[str, Any]]
-
-
-class ExpertsFile(TypedDict):
-    """experts.json, see `mxd_lens.experts.inspect_experts`."""
-
-    dataset: str
-    n_tokens: int
-    d_sae: int
-    n_live: int
-    rule: str
-    texts: list[list[str]]
-    experts: list[dict[str, Any]]
-    asked: NotRequired[dict[str, Any]]
-
-
-class SteeringFile(TypedDict):
-    """steering.json, see `mxd_lens.steering.evaluate_steering`."""
-
-    edit: str
-    prompt: str
-    n_samples: int
-    n_tokens: int
-    temperature: float
-    seed: int
-    unsteered: dict[str, float]
-    rows: list[dict[str, Any]]
 
 
 def read_json(path: Path, kind: Any) -> Any:
@@ -126,24 +46,6 @@ def read_json(path: Path, kind: Any) -> Any:
         said = sentence(error.errors(include_input=False)[:1])
         raise ValueError(f"{path} is not what mxd-lens writes there ({said}): {mend}") from error
     return value
-
-
-def load_layer(folder: Path, device: str = "cpu") -> SAE[Any]:
-    """A trained layer that SAELens has saved.
-
-    Raises:
-        ValueError: its files cannot be read, or do not fit together.
-    """
-    read_json(folder / SAE_CFG_FILENAME, LayerFile)
-    try:
-        layer: Any = SAE.load_from_disk(folder)
-    except Exception as error:  # safetensors, PyTorch and SAELens have kinds of their own
-        raise ValueError(
-            f"{folder / SAE_WEIGHTS_FILENAME} does not hold the weights of the layer that "
-            f"{SAE_CFG_FILENAME} beside it describes ({type(error).__name__}: {error}): restore "
-            "it, or delete that folder and train the layer again"
-        ) from error
-    return layer.to(device)
 
 
 def write_json(path: Path, value: Any, indent: int | None = 2) -> None:

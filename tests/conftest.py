@@ -28,8 +28,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from mxd_lens.mxd import MxD, MxDConfig
-from mxd_lens.train import TrainConfig
+from mxd_lens.layers.mxd import MxD, MxDConfig
+from mxd_lens.runs.config import TrainConfig
 
 SENTENCES = ["the cat sat on the mat", "a dog ran after the cat", "one fish saw a dog"]
 N_VOCAB, D_MODEL, D_MLP, N_LAYERS = 24, 16, 32, 3

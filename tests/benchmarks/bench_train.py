@@ -21,8 +21,8 @@ from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.training.sae_trainer import SAETrainer
 
 from mxd_lens import TrainConfig, load_model, train
-from mxd_lens.data import pairs
-from mxd_lens.layer import TrainingTopKLayer
+from mxd_lens.data.activations import pairs
+from mxd_lens.layers.base import TrainingTopKLayer
 
 DEVICE = os.environ.get("DEVICE", "cpu")
 REST = "the rest of the trainer"
@@ -77,7 +77,7 @@ def main() -> None:
             patch.object(owner, method, timed(name, getattr(owner, method)))
             for name, (owner, method) in PARTS.items()
         ]
-        patches.append(patch("mxd_lens.train.pairs", timed_pairs))
+        patches.append(patch("mxd_lens.runs.train.pairs", timed_pairs))
         for each in patches:
             each.start()
         try:

@@ -16,9 +16,9 @@ import torch
 from sae_lens import SAE
 
 from mxd_lens import CompareConfig, load_model, train
-from mxd_lens.data import stored_pairs
-from mxd_lens.faithfulness import hooks_of
-from mxd_lens.train import fill_activations
+from mxd_lens.data.activations import stored_pairs
+from mxd_lens.models.site import hooks_of
+from mxd_lens.runs.train import fill_activations
 
 LEARNING_RATES = [1e-3, 3e-3, 1e-2, 3e-2]
 SEARCH = CompareConfig(output="runs/search", training_tokens=409_600, k=[32], autocast=True)

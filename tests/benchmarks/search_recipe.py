@@ -18,13 +18,13 @@ from typing import Any
 from datasets import Dataset
 
 from mxd_lens import CompareConfig, load_model, train
-from mxd_lens.assets import wikipedia
-from mxd_lens.compare import probe_scores
-from mxd_lens.data import split_documents
-from mxd_lens.faithfulness import evaluate, read_heldout
-from mxd_lens.models import mlp_hooks
-from mxd_lens.probing import text_activations
-from mxd_lens.train import load_documents
+from mxd_lens.analysis.faithfulness import evaluate
+from mxd_lens.data.reading import read_heldout, text_activations
+from mxd_lens.data.text import split_documents
+from mxd_lens.demo.corpora import wikipedia
+from mxd_lens.models.site import mlp_hooks
+from mxd_lens.runs.compare import probe_scores
+from mxd_lens.runs.config import load_documents
 
 CANDIDATES = [(3e-3, 0.3), (3e-3, 0.0), (1e-2, 0.3), (1e-2, 0.0)]
 """(peak learning rate, aux_loss_coefficient)"""

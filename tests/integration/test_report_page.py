@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from mxd_lens.report import write_report
+from mxd_lens.report.page import write_report
 
 from ..unit.test_report import HOSTILE, write_comparison
 

@@ -36,7 +36,7 @@ def test_the_mlp_as_an_mxd_is_the_model_unchanged(model):
 
 
 def test_train_on_a_local_file_swap_in_and_measure(tmp_path, capsys):
-    from mxd_lens.assets import wikipedia
+    from mxd_lens.demo.corpora import wikipedia
 
     text = tmp_path / "text.jsonl"
     wikipedia().shuffle(seed=1).select(range(1500)).to_json(text)

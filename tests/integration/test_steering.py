@@ -8,10 +8,11 @@ import pytest
 import torch
 from sae_lens.saes.sae import SAEMetadata
 
-from mxd_lens import MxD, assets, load_model
-from mxd_lens.embedding import coherence, embed
-from mxd_lens.models import mlp_hooks
-from mxd_lens.steering import effect_amounts, generate_steered, steer
+from mxd_lens import MxD, load_model
+from mxd_lens.analysis.embedding import coherence, embed
+from mxd_lens.analysis.steering import effect_amounts, generate_steered, steer
+from mxd_lens.demo import wheels as assets
+from mxd_lens.models.site import mlp_hooks
 
 
 def test_paraphrases_are_closer_than_unrelated_sentences():

@@ -21,7 +21,7 @@ import torch
 from mxd_lens import startup
 from mxd_lens.cli import main
 from mxd_lens.files import LOCK
-from mxd_lens.train import COMPARISON_FILENAME
+from mxd_lens.runs.config import COMPARISON_FILENAME
 
 CONTEXT = get_context("forkserver")
 CONTEXT.set_forkserver_preload([__name__, "sae_lens.evals"])

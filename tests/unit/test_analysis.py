@@ -7,7 +7,11 @@ import torch
 from sae_lens.constants import SPARSITY_FILENAME
 from safetensors.torch import save_file
 
-from mxd_lens.analysis import (
+from mxd_lens.analysis.probing import pool_layer, probe
+from mxd_lens.cli import main
+from mxd_lens.data.labelled import load_labelled
+from mxd_lens.data.reading import text_activations
+from mxd_lens.runs.analyse import (
     ExpertsConfig,
     ProbeConfig,
     SteerConfig,
@@ -18,9 +22,7 @@ from mxd_lens.analysis import (
     run_steer,
     steering_table,
 )
-from mxd_lens.cli import main
-from mxd_lens.probing import load_labelled, pool_layer, probe, text_activations
-from mxd_lens.train import train
+from mxd_lens.runs.train import train
 
 
 @pytest.fixture
@@ -58,8 +60,8 @@ def offline(monkeypatch):
         counts = [[text.count(letter) for letter in "abcdefghijklmnopqrstuvwxyz"] for text in texts]
         return torch.nn.functional.normalize(torch.tensor(counts, dtype=torch.float32), dim=-1)
 
-    monkeypatch.setattr("mxd_lens.analysis.embed", letters)
-    monkeypatch.setattr("mxd_lens.steering.embed", letters)
+    monkeypatch.setattr("mxd_lens.runs.analyse.embed", letters)
+    monkeypatch.setattr("mxd_lens.analysis.judge.embed", letters)
 
 
 class TestProbe:
@@ -94,7 +96,7 @@ class TestProbe:
 
     def test_what_is_there_is_kept(self, config, monkeypatch):
         first = [path.read_text() for path in run_probe(config)]
-        monkeypatch.setattr("mxd_lens.analysis.load_model", None)
+        monkeypatch.setattr("mxd_lens.runs.analyse.load_model", None)
         assert [path.read_text() for path in run_probe(config)] == first
         config.n_texts = 20
         with pytest.raises(ValueError, match=r"n_texts=.*ask for the same, or move"):
@@ -150,7 +152,7 @@ class TestExperts:
         (path,) = run_experts(config)
         found = path.read_text()
         assert json.loads(found)["experts"][0]["sample"] is None
-        monkeypatch.setattr("mxd_lens.analysis.load_model", None)
+        monkeypatch.setattr("mxd_lens.runs.analyse.load_model", None)
         assert run_experts(config) == [path] and path.read_text() == found
         config.n_tokens = 500
         with pytest.raises(ValueError, match=r"n_tokens=.*ask for the same"):
@@ -163,11 +165,11 @@ class TestExperts:
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr("mxd_lens.analysis.generate_steered", interrupt)
+            patch.setattr("mxd_lens.runs.analyse.generate_steered", interrupt)
             with pytest.raises(KeyboardInterrupt):
                 run_experts(config)
         before = json.loads((runs / "mxd" / "experts.json").read_text())
-        monkeypatch.setattr("mxd_lens.analysis.inspect_experts", None)
+        monkeypatch.setattr("mxd_lens.runs.analyse.inspect_experts", None)
         (path,) = run_experts(config)
         after = json.loads(path.read_text())
         for expert in after["experts"]:

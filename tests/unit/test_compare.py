@@ -10,9 +10,11 @@ from sae_lens import SAE
 
 from mxd_lens import CompareConfig, compare, evaluate
 from mxd_lens.cli import main
-from mxd_lens.data import activations_store, cache_pairs, cached_pairs, stored_pairs
-from mxd_lens.models import mlp_hooks
-from mxd_lens.train import Interrupted, load_documents
+from mxd_lens.data.activations import activations_store, cache_pairs, cached_pairs, stored_pairs
+from mxd_lens.models.site import mlp_hooks
+from mxd_lens.report.page import write_comparison_page
+from mxd_lens.runs.config import load_documents
+from mxd_lens.runs.train import Interrupted
 
 from ..conftest import TINY_RUN
 
@@ -123,7 +125,7 @@ def test_an_interrupted_comparison_equals_an_undisturbed_one(
         compare(cfg, tiny_bridge, documents)
     results = tmp_path / "compare" / "results.json"
     assert len(json.loads(results.read_text())) == 3
-    assert compare(cfg, tiny_bridge, documents) == whole
+    assert compare(cfg, tiny_bridge, documents, measured=write_comparison_page) == whole
     assert results.read_bytes() == (tmp_path / "whole" / "results.json").read_bytes()
     assert [row["name"] for row in json.loads(results.read_text())] == [
         n for n in NAMES for _ in "kk"

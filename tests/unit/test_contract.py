@@ -37,8 +37,8 @@ from mxd_lens import (
     TrainingTopKTranscoderConfig,
     splice,
 )
-from mxd_lens.layer import TopKLayer
-from mxd_lens.topk_sae import SparseTopKTrainingSAE
+from mxd_lens.layers.base import TopKLayer
+from mxd_lens.layers.sae import SparseTopKTrainingSAE
 from tests.conftest import randomise
 
 pytestmark = pytest.mark.usefixtures("one_thread")

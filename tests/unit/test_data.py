@@ -3,7 +3,7 @@ import json
 import pytest
 from datasets import Dataset
 
-from mxd_lens.data import load_text, split_documents
+from mxd_lens.data.text import load_text, split_documents
 
 
 def write(path, rows):

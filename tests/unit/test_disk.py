@@ -17,13 +17,13 @@ from sae_lens import SAE
 
 from mxd_lens import CompareConfig, compare, train
 from mxd_lens.cli import main
-from mxd_lens.compare import results_stem
-from mxd_lens.data import activations_store, cache_pairs, stored_pairs
+from mxd_lens.data.activations import activations_store, cache_pairs, stored_pairs
 from mxd_lens.files import locked, write_json
-from mxd_lens.fingerprint import model_fingerprint, text_fingerprint
-from mxd_lens.models import mlp_hooks
+from mxd_lens.models.site import mlp_hooks
+from mxd_lens.runs.claims import claim_folder
+from mxd_lens.runs.compare import results_stem
+from mxd_lens.runs.fingerprint import model_fingerprint, text_fingerprint
 from mxd_lens.startup import Interrupted, raise_on_signals
-from mxd_lens.train import claim_folder
 
 from ..conftest import TINY_RUN, randomise
 
@@ -235,7 +235,7 @@ class TestAResumedRunIsTheSameRun:
     ):
         cfg = stopped()
         other = documents.select(range(190))
-        monkeypatch.setattr(sys.modules["mxd_lens.train"], "load_text", lambda *_: other)
+        monkeypatch.setattr(sys.modules["mxd_lens.runs.config"], "load_text", lambda *_: other)
         with pytest.raises(ValueError, match="begun with another text than 'tiny'"):
             train(cfg, tiny_bridge)
 

@@ -15,25 +15,19 @@ from sae_lens.saes.sae import SAEMetadata
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from mxd_lens.experts import (
+from mxd_lens.analysis.experts.contexts import meaning, name_experts, pick_contexts
+from mxd_lens.analysis.experts.corpus import (
     Corpus,
     Firings,
-    _typical_tokens,
-    alike,
-    coactive,
-    inspect_experts,
-    logit_effects,
-    meaning,
-    name_experts,
-    pick_contexts,
-    ranks,
     read_corpus,
     read_firings,
-    spectrum,
     token_strings,
 )
-from mxd_lens.mxd import MxD, MxDConfig
-from mxd_lens.transcoder import TopKSkipTranscoder, TopKSkipTranscoderConfig
+from mxd_lens.analysis.experts.effects import _typical_tokens, logit_effects
+from mxd_lens.analysis.experts.report import inspect_experts
+from mxd_lens.analysis.experts.weights import alike, coactive, ranks, spectrum
+from mxd_lens.layers.mxd import MxD, MxDConfig
+from mxd_lens.layers.transcoder import TopKSkipTranscoder, TopKSkipTranscoderConfig
 
 from ..conftest import D_MODEL, N_VOCAB, WORDS, randomise
 
@@ -203,7 +197,7 @@ def test_firings_are_sorted(toy):
 
 
 def test_histograms_are_numpys(toy):
-    from mxd_lens.experts import _histograms
+    from mxd_lens.analysis.experts.contexts import _histograms
 
     _, firings, acts = toy
     for expert, histogram in zip(firings.live, _histograms(firings), strict=True):

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from mxd_lens import CompareConfig, compare, train, write_report
-from mxd_lens.analysis import (
+from mxd_lens.cli import main
+from mxd_lens.runs.analyse import (
     AnalysisConfig,
     ExpertsConfig,
     ProbeConfig,
@@ -16,8 +17,7 @@ from mxd_lens.analysis import (
     run_probe,
     run_steer,
 )
-from mxd_lens.cli import main
-from mxd_lens.compare import finished_runs
+from mxd_lens.runs.compare import finished_runs
 
 from ..conftest import TINY_RUN
 from .test_report import write_comparison, write_run

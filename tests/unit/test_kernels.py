@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mxd_lens.kernels import to_dense, topk_gate, topk_relu, weighted_row_sum
+from mxd_lens.layers.kernels import to_dense, topk_gate, topk_relu, weighted_row_sum
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

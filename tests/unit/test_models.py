@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from transformers import BloomConfig, BloomForCausalLM, OPTConfig, OPTForCausalLM
 
-from mxd_lens.models import load_model, mlp_hooks
-from mxd_lens.splice import get_mlp
+from mxd_lens.models.load import load_model
+from mxd_lens.models.site import mlp_hooks
+from mxd_lens.models.splice import get_mlp
 from tests.conftest import D_MLP, D_MODEL, N_LAYERS, N_VOCAB, save
 
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mxd_lens.mxd import ACTIVATIONS, MxD, MxDConfig, TrainingMxD, TrainingMxDConfig, read_mlp
+from mxd_lens.layers.mlp import ACTIVATIONS, read_mlp
+from mxd_lens.layers.mxd import MxD, MxDConfig, TrainingMxD, TrainingMxDConfig
 
 close = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-11)
 pytestmark = pytest.mark.usefixtures("one_thread")

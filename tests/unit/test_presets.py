@@ -6,7 +6,7 @@ import math
 import pytest
 
 from mxd_lens.cli import main
-from mxd_lens.presets import PRESETS, dry_run
+from mxd_lens.runs.presets import PRESETS, dry_run
 
 PARAMETER_COUNTS = {  # 32x transcoders: d_in * 32 d_in, twice, and biases
     "gpt2-124m": 37_774_080,

@@ -9,17 +9,9 @@ from sae_lens.saes.sae import SAEMetadata
 from scipy.optimize import minimize
 from transformers import AutoTokenizer
 
-from mxd_lens.probing import (
-    TextActivations,
-    load_labelled,
-    pool,
-    pool_layer,
-    pool_neurons,
-    probe,
-    split_texts,
-    summarise,
-    text_activations,
-)
+from mxd_lens.analysis.probing import pool, pool_layer, pool_neurons, probe, split_texts, summarise
+from mxd_lens.data.labelled import load_labelled
+from mxd_lens.data.reading import TextActivations, text_activations
 
 from ..conftest import D_MLP, D_MODEL, SENTENCES, randomise
 

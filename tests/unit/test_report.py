@@ -7,8 +7,8 @@ from html.parser import HTMLParser
 import pytest
 from plotly.offline import get_plotlyjs
 
-from mxd_lens import plots
-from mxd_lens.report import write_report
+from mxd_lens.report.page import write_report
+from mxd_lens.report.tables import summary
 
 from ..conftest import TINY_RUN
 
@@ -238,7 +238,7 @@ def figure_with(page, axis):
 
 class TestWhatIsThere:
     def test_faithfulness(self, bare):
-        for name, value in plots.summary(FAITHFULNESS):
+        for name, value in summary(FAITHFULNESS):
             assert name.strip() in bare.text and value in bare.text
         (figure,) = bare.figures
         assert figure["data"][0]["x"] == [0.0625, 0.125, 0.25, 0.1875, 0.5]

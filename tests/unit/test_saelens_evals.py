@@ -21,15 +21,16 @@ from sae_lens.training.activation_scaler import ActivationScaler
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from mxd_lens.data import activations_store, special_tokens
-from mxd_lens.mxd import MxD, MxDConfig
-from mxd_lens.saelens_evals import at_output, run_evals
-from mxd_lens.transcoder import (
+from mxd_lens.analysis.saelens_evals import at_output, run_evals
+from mxd_lens.data.activations import activations_store
+from mxd_lens.layers.mxd import MxD, MxDConfig
+from mxd_lens.layers.transcoder import (
     TopKSkipTranscoder,
     TopKSkipTranscoderConfig,
     TopKTranscoder,
     TopKTranscoderConfig,
 )
+from mxd_lens.models.site import special_tokens
 from tests.conftest import SENTENCES, randomise
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -16,8 +16,8 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoTokenizer
 
 from mxd_lens import train
-from mxd_lens.mxd import MxD
-from mxd_lens.splice import get_mlp, splice
+from mxd_lens.layers.mxd import MxD
+from mxd_lens.models.splice import get_mlp, splice
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -13,24 +13,24 @@ from sae_lens.saes.sae import SAE, SAEMetadata
 from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
 from transformers import AutoTokenizer
 
-from mxd_lens import steering
-from mxd_lens.embedding import coherence
-from mxd_lens.mxd import MxD, MxDConfig
-from mxd_lens.splice import splice
-from mxd_lens.steering import (
-    Judge,
+from mxd_lens.analysis import judge as steering
+from mxd_lens.analysis.embedding import coherence
+from mxd_lens.analysis.judge import Judge
+from mxd_lens.analysis.steering import (
     contributions,
     effect_amounts,
     evaluate_steering,
     generate_steered,
     steer,
 )
-from mxd_lens.transcoder import (
+from mxd_lens.layers.mxd import MxD, MxDConfig
+from mxd_lens.layers.transcoder import (
     TopKSkipTranscoder,
     TopKSkipTranscoderConfig,
     TopKTranscoder,
     TopKTranscoderConfig,
 )
+from mxd_lens.models.splice import splice
 from tests.conftest import N_VOCAB, randomise
 
 close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)

@@ -5,7 +5,7 @@ import torch
 from sae_lens.saes.sae import TrainStepInput
 from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
 
-from mxd_lens.topk_sae import SparseTopKTrainingSAE
+from mxd_lens.layers.sae import SparseTopKTrainingSAE
 
 
 @pytest.mark.parametrize("rescale", [True, False])

@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from mxd_lens import MxD, TopKSkipTranscoder, TopKTranscoder, evaluate, splice, train
-from mxd_lens.data import NonFiniteActivations, activations_store, pairs, special_tokens
-from mxd_lens.faithfulness import _kl
-from mxd_lens.models import mlp_hooks
-from mxd_lens.train import Interrupted, load_documents
+from mxd_lens.analysis.faithfulness import _kl
+from mxd_lens.data.activations import NonFiniteActivations, activations_store, pairs
+from mxd_lens.models.site import mlp_hooks, special_tokens
+from mxd_lens.runs.config import load_documents
+from mxd_lens.runs.train import Interrupted
 
 
 def weights(mxd):

@@ -20,8 +20,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mxd_lens.splice import splice
-from mxd_lens.transcoder import (
+from mxd_lens.layers.transcoder import (
     TopKSkipTranscoder,
     TopKSkipTranscoderConfig,
     TopKTranscoder,
@@ -31,6 +30,7 @@ from mxd_lens.transcoder import (
     TrainingTopKTranscoder,
     TrainingTopKTranscoderConfig,
 )
+from mxd_lens.models.splice import splice
 from tests.conftest import randomise
 from tests.unit.test_mxd import Created
 

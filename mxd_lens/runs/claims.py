@@ -1,0 +1,63 @@
+"""Whose a folder is: one run's, with one model and one text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sae_lens.constants import RUNNER_CFG_FILENAME
+
+from mxd_lens.data.text import Text
+from mxd_lens.files import claim, read_json, write_json
+from mxd_lens.runs.config import (
+    COMPARISON_FILENAME,
+    RunConfig,
+    TrainConfig,
+    settings,
+)
+from mxd_lens.runs.fingerprint import model_fingerprint, text_fingerprint
+
+SOURCES_FILENAME = "sources.json"
+
+"""Which model and text a run was begun with."""
+
+
+def claim_folder(cfg: TrainConfig, *, write: bool = True) -> None:
+    """Write the configuration down, or compare it with the one of the run that is there.
+
+    Args:
+        write: False: only compare.
+
+    Raises:
+        ValueError: it is another, or the folder holds something else.
+    """
+    writes = ("layer", "checkpoints", "results.json", "results.html", SOURCES_FILENAME)
+    writes = (*writes, COMPARISON_FILENAME)
+    claim(Path(cfg.output), RUNNER_CFG_FILENAME, settings(cfg), writes, write=write)
+
+
+def check_sources(cfg: RunConfig, model: Any = None, dataset: Text | None = None) -> None:
+    """Write down which model and which text a run has, or compare them with what is written.
+
+    Args:
+        model, dataset: what is loaded of them.
+
+    Raises:
+        ValueError: one has changed since the run was begun.
+    """
+    sources = {}
+    if model is not None:
+        sources["model"] = model_fingerprint(model)
+    if dataset is not None:
+        sources["text"] = text_fingerprint(dataset)
+    path = Path(cfg.output) / SOURCES_FILENAME
+    known = read_json(path, dict[str, str]) or {}
+    names = {"model": cfg.model, "text": cfg.dataset}
+    for source, print_now in sources.items():
+        if known.get(source, print_now) != print_now:
+            raise ValueError(
+                f"{cfg.output} was begun with another {source} than {names[source]!r} is now: "
+                "restore it, or choose another folder"
+            )
+    if sources.keys() - known.keys():
+        write_json(path, known | sources)
