@@ -25,12 +25,7 @@ from mxd_lens.fields import Count, Name, PathStr, config
 from mxd_lens.files import locked, read_json, write_json
 from mxd_lens.models.load import bfloat16_is_fast, load_model
 from mxd_lens.models.site import mlp_hooks
-from mxd_lens.report.page import (
-    agreement_of,
-    write_comparison_page,
-    write_report,
-    write_run_page,
-)
+from mxd_lens.report.page import agreement_of, write_comparison_page, write_report, write_run_page
 from mxd_lens.report.tables import comparison_table, table
 from mxd_lens.runs.analyse import (
     AnalysisConfig,

@@ -17,10 +17,7 @@ from sae_lens.saes.sae import SAE
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mxd_lens.data.reading import (
-    Heldout,
-    read_heldout,
-)
+from mxd_lens.data.reading import Heldout, read_heldout
 from mxd_lens.data.text import Text
 from mxd_lens.models.site import Hooks, hooks_of, restore_hook_names
 from mxd_lens.models.splice import check_norms

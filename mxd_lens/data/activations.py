@@ -1,6 +1,6 @@
-"""Text: load it, split it by document, turn it into (mlp_in, mlp_out) pairs.
+"""(mlp_in, mlp_out) pairs, for training.
 
-Pairs come from the language model as training goes (`pairs`), or from a folder that one pass of
+They come from the language model as training goes (`pairs`), or from a folder that one pass of
 the model has filled for many training runs (`cache_pairs`, `cached_pairs`).
 """
 
@@ -21,9 +21,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 from tqdm.auto import tqdm
 
-from mxd_lens.data.text import (
-    Text,
-)
+from mxd_lens.data.text import Text
 from mxd_lens.fields import ContextSize, Count, check
 from mxd_lens.files import check_same, claim, locked, read_json, remove_unfinished, write_json
 from mxd_lens.models.site import special_tokens

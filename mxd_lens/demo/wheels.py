@@ -106,14 +106,14 @@ def fetch(wheel: Wheel) -> Path:
             or the cache is full or not writable.
     """
     path = cache_dir() / wheel.filename
-    with _plain_disk_errors(str(wheel)):
+    with plain_disk_errors(str(wheel)):
         if _is_wheel(path, wheel):
             return path
-        with _workspace() as folder:
+        with workspace() as folder:
             if _is_wheel(path, wheel):  # another process was faster
                 return path
             try:
-                with _progress(f"fetching {wheel}", folder):
+                with show_progress(f"fetching {wheel}", folder):
                     _pip_download(f"{wheel.name}=={wheel.version}", folder)
             except subprocess.CalledProcessError as error:
                 _raise_pip_error(wheel, error)
@@ -182,7 +182,7 @@ def _raise_disk_full(what: str, error: Exception) -> NoReturn:
 
 
 @contextlib.contextmanager
-def _plain_disk_errors(what: str) -> Iterator[None]:
+def plain_disk_errors(what: str) -> Iterator[None]:
     """Turn a full disk and an unusable cache folder into an AssetError that says so."""
     try:
         yield
@@ -202,7 +202,7 @@ def _plain_disk_errors(what: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _workspace() -> Iterator[Path]:
+def workspace() -> Iterator[Path]:
     """A temporary folder in the cache, on the same file system as what will replace it.
 
     One process has one at a time, the others wait; what killed ones have left is removed.
@@ -219,7 +219,7 @@ def _workspace() -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _progress(what: str, folder: Path) -> Iterator[None]:
+def show_progress(what: str, folder: Path) -> Iterator[None]:
     """A line on stderr, renewed twice a second: the size of the largest file in ``folder``."""
     done = threading.Event()
     with tqdm(

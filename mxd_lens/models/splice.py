@@ -17,7 +17,6 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
 _PROCESSING = ("enable_compatibility_mode", "process_weights", "load_and_process_state_dict")
-
 """Methods that fold and center the weights a model has, as they know them."""
 
 

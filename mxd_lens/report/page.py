@@ -1,6 +1,6 @@
-"""The report: what has been measured of a run on one page, with a browser of its experts.
+"""Pages: a run's, a comparison's, and the report, which has a browser of a run's experts.
 
-The page holds everything it needs and asks nothing of the network. Texts of a corpus are hostile
+Each holds everything it needs and asks nothing of the network. Texts of a corpus are hostile
 input: they travel as JSON in which no tag can begin, and the page's script writes them as text.
 """
 
@@ -23,13 +23,7 @@ from torch import Tensor
 
 from mxd_lens.files import read_json, write_text
 from mxd_lens.report import figures as plots
-from mxd_lens.report.tables import (
-    _decisive,
-    html_table,
-    label,
-    show,
-    summary,
-)
+from mxd_lens.report.tables import decisive, html_table, label, show, summary
 from mxd_lens.runs.config import read_config
 from mxd_lens.runs.results import ComparedRow, ExpertsFile, ProbeFile, Row, SteeringFile
 
@@ -43,7 +37,7 @@ def write_comparison_page(results: Path) -> None:
     rows = read_json(results, list[Row])
     names = list(dict.fromkeys(name for row in rows for name in row))
     everything = html_table(names, [[show(row.get(name)) for name in names] for row in rows])
-    names, lines = _decisive(rows)
+    names, lines = decisive(rows)
     tables = (
         f'<div class="table">{html_table(names, lines)}</div><details><summary>All numbers'
         f'</summary><div class="table">{everything}</div></details>'

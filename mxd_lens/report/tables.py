@@ -20,11 +20,11 @@ def html_table(names: list[str], lines: list[list[str]]) -> str:
 
 def comparison_table(rows: list[dict[str, Any]]) -> str:
     """The numbers that decide, a layer a line, as Markdown."""
-    names, lines = _decisive(rows)
+    names, lines = decisive(rows)
     return "\n".join(f"| {' | '.join(line)} |" for line in [names, ["---"] * len(names), *lines])
 
 
-def _decisive(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+def decisive(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Head and body of the table of a comparison."""
     columns: dict[str, Callable[[dict[str, Any]], str]] = {
         "layer": lambda row: label(row["name"]),

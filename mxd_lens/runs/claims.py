@@ -9,16 +9,10 @@ from sae_lens.constants import RUNNER_CFG_FILENAME
 
 from mxd_lens.data.text import Text
 from mxd_lens.files import claim, read_json, write_json
-from mxd_lens.runs.config import (
-    COMPARISON_FILENAME,
-    RunConfig,
-    TrainConfig,
-    settings,
-)
+from mxd_lens.runs.config import COMPARISON_FILENAME, RunConfig, TrainConfig, settings
 from mxd_lens.runs.fingerprint import model_fingerprint, text_fingerprint
 
 SOURCES_FILENAME = "sources.json"
-
 """Which model and text a run was begun with."""
 
 

@@ -29,7 +29,6 @@ from mxd_lens.layers.mxd import Recipe
 from mxd_lens.models.load import ModelClass
 
 COMPARISON_FILENAME = "comparison.json"
-
 """What says that a folder is that of a comparison."""
 
 BEST_LR = {
@@ -39,7 +38,6 @@ BEST_LR = {
     "topk_skip_transcoder": 1e-2,
     "topk": 3e-3,
 }
-
 """Peak learning rates: the best by FVU in tests/benchmarks/search_lr.py, but for the default MxD,
 whose gate keeps more of its meaning at a lower one (CONTRIBUTING.md)."""
 
@@ -139,7 +137,7 @@ class TrainConfig(RunConfig):
         except ValueError as error:
             raise ValueError(f"sae_options is not JSON: {error}") from error
         _, cfg_class = SAE_TRAINING_CLASS_REGISTRY[self.architecture]
-        known = _fields(cfg_class) - _SAID_OTHERWISE
+        known = field_names(cfg_class) - _SAID_OTHERWISE
         if not isinstance(options, dict) or not options.keys() <= known:
             raise ValueError(
                 f"sae_options must be an object with fields of {cfg_class.__name__}: "
@@ -148,8 +146,8 @@ class TrainConfig(RunConfig):
         kinds = get_type_hints(cfg_class)
         for name, value in options.items():
             check(kinds[name], **{f"sae_options[{name!r}]": value})
-        if self.d_sae is not None and "k" in _fields(cfg_class):
-            _check_k(self, self.k, self.d_sae)
+        if self.d_sae is not None and "k" in field_names(cfg_class):
+            check_k(self, self.k, self.d_sae)
 
     @property
     def warm_up_and_decay(self) -> tuple[int, int]:
@@ -178,7 +176,6 @@ class TrainConfig(RunConfig):
 
 
 _SAID_OTHERWISE = {"d_in", "d_out", "d_sae", "k", "recipe", "device", "metadata"}
-
 """Fields of SAELens' training configurations that follow from the model or the run's own."""
 
 
@@ -216,7 +213,8 @@ def learning_rate(cfg: TrainConfig) -> float:
     return BEST_LR.get(cfg.name, 3e-3) if cfg.lr is None else cfg.lr
 
 
-def _check_k(cfg: TrainConfig, k: float, d_sae: int) -> None:
+def check_k(cfg: TrainConfig, k: float, d_sae: int) -> None:
+    """Raises ValueError if so many of the run's units cannot be active at a time."""
     if not 1 <= k <= d_sae:
         units = "experts" if cfg.architecture == "mxd" else "units"
         raise ValueError(
@@ -224,7 +222,8 @@ def _check_k(cfg: TrainConfig, k: float, d_sae: int) -> None:
         )
 
 
-def _fields(cfg_class: type) -> set[str]:
+def field_names(cfg_class: type) -> set[str]:
+    """Names of a dataclass' fields."""
     return {field.name for field in fields(cfg_class)}
 
 

@@ -9,9 +9,7 @@ from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.saes.sae import SAE
 from typing_extensions import NotRequired, TypedDict
 
-from mxd_lens.files import (
-    read_json,
-)
+from mxd_lens.files import read_json
 
 
 class LayerFile(TypedDict):
@@ -59,7 +57,7 @@ class ComparedRow(Row):
 
 
 class ProbeFile(TypedDict):
-    """probe.json, see `mxd_lens.analysis.run_probe`."""
+    """probe.json, see `mxd_lens.runs.analyse.run_probe`."""
 
     datasets: dict[str, dict[str, Any]]
     rows: list[dict[str, Any]]
@@ -67,7 +65,7 @@ class ProbeFile(TypedDict):
 
 
 class ExpertsFile(TypedDict):
-    """experts.json, see `mxd_lens.experts.inspect_experts`."""
+    """experts.json, see `mxd_lens.analysis.experts.report.inspect_experts`."""
 
     dataset: str
     n_tokens: int
@@ -80,7 +78,7 @@ class ExpertsFile(TypedDict):
 
 
 class SteeringFile(TypedDict):
-    """steering.json, see `mxd_lens.steering.evaluate_steering`."""
+    """steering.json, see `mxd_lens.analysis.steering.evaluate_steering`."""
 
     edit: str
     prompt: str

@@ -44,8 +44,8 @@ from mxd_lens.runs.claims import check_sources, claim_folder
 from mxd_lens.runs.config import (
     RunConfig,
     TrainConfig,
-    _check_k,
-    _fields,
+    check_k,
+    field_names,
     learning_rate,
     load_dataset,
     load_documents,
@@ -198,9 +198,9 @@ def layer_config(
             training_tokens=cfg.steps * cfg.batch_size,
         ),
     }
-    known = {name: values[name] for name in values.keys() & _fields(cfg_class)}
+    known = {name: values[name] for name in values.keys() & field_names(cfg_class)}
     layer_cfg = cfg_class(**(known | json.loads(cfg.sae_options)))
-    _check_k(cfg, getattr(layer_cfg, "k", 1), layer_cfg.d_sae)
+    check_k(cfg, getattr(layer_cfg, "k", 1), layer_cfg.d_sae)
     return layer_cfg
 
 
@@ -226,7 +226,7 @@ def new_layer(cfg: TrainConfig, layer_cfg: TrainingSAEConfig) -> TrainingSAE[Any
 
 def _reads_pairs(architecture: str) -> bool:
     """Whether a layer maps the MLP's input to its output, or is an SAE of the output."""
-    return "d_out" in _fields(SAE_TRAINING_CLASS_REGISTRY[architecture][1])
+    return "d_out" in field_names(SAE_TRAINING_CLASS_REGISTRY[architecture][1])
 
 
 def _start(sae: TrainingSAE[Any], mlp_weights: dict[str, Any], x: Tensor, y: Tensor) -> None:

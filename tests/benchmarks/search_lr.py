@@ -1,4 +1,4 @@
-"""Which learning rate suits each architecture: the search behind `mxd_lens.train.BEST_LR`.
+"""Which learning rate suits each architecture: the search behind `mxd_lens.runs.config.BEST_LR`.
 
     make search
 

@@ -36,6 +36,8 @@ def test_compare_then_evaluate_all_on_other_text(run, tmp_path):
         ("topk", 3),
     ]
     assert all(f"| {row['ce_increase']:.4f} |" in table for row in rows)
+    page = (folder / "results.html").read_text()
+    assert all(f"<td>{row['ce_increase']:.4f}</td>" in page for row in rows)
 
     one = folder / "topk-k2-seed0" / "results.json"
     measured = json.loads(one.read_text())

@@ -197,10 +197,10 @@ def test_firings_are_sorted(toy):
 
 
 def test_histograms_are_numpys(toy):
-    from mxd_lens.analysis.experts.contexts import _histograms
+    from mxd_lens.analysis.experts.contexts import histograms_of
 
     _, firings, acts = toy
-    for expert, histogram in zip(firings.live, _histograms(firings), strict=True):
+    for expert, histogram in zip(firings.live, histograms_of(firings), strict=True):
         fired = acts[:, expert][acts[:, expert] > 0]
         expected, _ = np.histogram(fired, bins=20, range=(0, fired.max()))
         np.testing.assert_array_equal(histogram, expected)

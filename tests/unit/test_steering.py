@@ -13,7 +13,7 @@ from sae_lens.saes.sae import SAE, SAEMetadata
 from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
 from transformers import AutoTokenizer
 
-from mxd_lens.analysis import judge as steering
+from mxd_lens.analysis import judge
 from mxd_lens.analysis.embedding import coherence
 from mxd_lens.analysis.judge import Judge
 from mxd_lens.analysis.steering import (
@@ -522,7 +522,7 @@ def test_generating_restores_the_model(writer, layer, tokens, monkeypatch):
 
 
 def test_perplexity_is_that_of_what_follows_the_prompt(writer, monkeypatch):
-    monkeypatch.setattr(steering, "embed", lambda texts, device: torch.eye(3)[: len(texts)])
+    monkeypatch.setattr(judge, "embed", lambda texts, device: torch.eye(3)[: len(texts)])
     samples = ["on the mat", "a dog", "fish fish fish saw"]
     nats = []
     for sample in samples:

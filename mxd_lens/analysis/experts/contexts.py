@@ -15,11 +15,7 @@ from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, CountVectorizer
 from torch import Tensor
 
 from mxd_lens.analysis.embedding import coherence
-from mxd_lens.analysis.experts.corpus import (
-    N_TOP,
-    Corpus,
-    Firings,
-)
+from mxd_lens.analysis.experts.corpus import N_TOP, Corpus, Firings
 
 Embed = Callable[[list[str]], Float[Tensor, "texts d"]]
 
@@ -59,7 +55,7 @@ def pick_contexts(
     return np.stack(columns, axis=1), [1.0] * N_TOP + [q for q in QUANTILES for _ in range(2)]
 
 
-def _histograms(firings: Firings, n_bins: int = 20) -> Int[np.ndarray, "live n_bins"]:
+def histograms_of(firings: Firings, n_bins: int = 20) -> Int[np.ndarray, "live n_bins"]:
     """How often each expert's coefficient is in each of n_bins equal bins from 0 to its maximum."""
     largest = firings.value[firings.starts[:-1]]
     share = firings.value / largest[firings.row]

@@ -24,9 +24,6 @@ N_TOP = 10  # top contexts of an expert
 CHUNK_SIZE = 32  # tokens of a piece of text that is embedded
 
 
-# Reading
-
-
 @dataclass(frozen=True)
 class Corpus:
     """Tokens of some texts, without the special ones, one text after the other."""

@@ -15,18 +15,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.hook_points import HookPoint
 
-from mxd_lens.analysis.experts.corpus import (
-    Corpus,
-    Firings,
-    token_strings,
-)
+from mxd_lens.analysis.experts.corpus import Corpus, Firings, token_strings
 
 PIECE_SIZE = 8  # tokens of a piece of text in which effects are measured, without BOS
 
 N_AVERAGED = 256  # experts whose effects are averaged
-
-
-# Effects
 
 
 @torch.no_grad()
@@ -55,7 +48,7 @@ def logit_effects(
     Args:
         hook_name_out: where in the model the layer writes.
         write: what is added for each expert that fires. What an MxD's expert writes depends on
-            the token: see `mxd_lens.steering.contributions`.
+            the token: see `mxd_lens.analysis.steering.contributions`.
         top: firings that are the experts' top contexts; -1: none.
         n: tokens wanted.
         n_pieces: pieces of text, of BOS and `PIECE_SIZE` tokens (fewer, if no text is as long).
@@ -109,12 +102,12 @@ def logit_effects(
             for found, largest in ((promoted, True), (suppressed, False)):
                 best, ids = (of_part - usual).topk(n, dim=-1, largest=largest)
                 strings = token_strings(model.tokenizer, ids.flatten().tolist())
-                pairs = [[*pair] for pair in zip(strings, map(_short, best.flatten()), strict=True)]
+                pairs = [[*pair] for pair in zip(strings, map(short, best.flatten()), strict=True)]
                 found += [pairs[i : i + n] for i in range(0, len(pairs), n)]
             score = scores(of_part) - usual_scores
             own = score[range(len(part)), range(len(agreement), len(agreement) + len(part))]
             lower = (score < own[:, None]).sum(1) / max(1, len(write) - 1)
-            agreement += map(_short, lower)
+            agreement += map(short, lower)
             progress.update(len(part))
     return promoted, suppressed, agreement
 
@@ -162,6 +155,6 @@ def _last_logits(
         handle.remove()
 
 
-def _short(number: Any) -> float:
+def short(number: Any) -> float:
     """Four digits: all a report needs."""
     return float(f"{float(number):.4g}")

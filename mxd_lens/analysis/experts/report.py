@@ -26,20 +26,13 @@ from torch import Tensor
 from mxd_lens.analysis.embedding import embed
 from mxd_lens.analysis.experts.contexts import (
     Embed,
-    _histograms,
+    histograms_of,
     meaning,
     name_experts,
     pick_contexts,
 )
-from mxd_lens.analysis.experts.corpus import (
-    N_TOP,
-    read_corpus,
-    read_firings,
-)
-from mxd_lens.analysis.experts.effects import (
-    _short,
-    logit_effects,
-)
+from mxd_lens.analysis.experts.corpus import N_TOP, read_corpus, read_firings
+from mxd_lens.analysis.experts.effects import logit_effects, short
 from mxd_lens.analysis.experts.weights import alike, coactive, ranks
 from mxd_lens.data.text import Text
 from mxd_lens.fields import Count, check
@@ -123,7 +116,7 @@ def inspect_experts(
     counts = firings.counts
     mean = np.add.reduceat(firings.value, firings.starts[:-1], dtype=np.float64) / counts
     largest = firings.value[firings.starts[:-1]]
-    histograms = _histograms(firings)
+    histograms = histograms_of(firings)
     shown = np.unique(corpus.text[firings.token[contexts[contexts >= 0]]])
 
     def context(firing: int, quantile: float) -> dict[str, Any]:
@@ -132,7 +125,7 @@ def inspect_experts(
         return {
             "text": int(np.searchsorted(shown, text)),
             "position": int(token - corpus.starts[text]),
-            "value": _short(firings.value[firing]),
+            "value": short(firings.value[firing]),
             "quantile": quantile,
         }
 
@@ -140,25 +133,25 @@ def inspect_experts(
         {
             "id": int(expert),
             "name": names[row],
-            "density": _short(counts[row] / len(corpus.ids)),
-            "mean": _short(mean[row]),
-            "max": _short(largest[row]),
+            "density": short(counts[row] / len(corpus.ids)),
+            "mean": short(mean[row]),
+            "max": short(largest[row]),
             "histogram": histograms[row].tolist(),
             "contexts": [
                 context(firing, quantile)
                 for firing, quantile in zip(contexts[row], quantiles, strict=True)
                 if firing >= 0
             ],
-            "coherence": None if np.isnan(coherences[row]) else _short(coherences[row]),
-            "same_token": _short(same_token[row]),
+            "coherence": None if np.isnan(coherences[row]) else short(coherences[row]),
+            "same_token": short(same_token[row]),
             "meaningful": bool(meaningful[row]),
             "promoted": promoted[row],
             "suppressed": suppressed[row],
             "agreement": agreement[row],
-            "alike": [[i, _short(score)] for i, score in near[row]],
-            "coactive": [[i, _short(score)] for i, score in together[row]],
+            "alike": [[i, short(score)] for i, score in near[row]],
+            "coactive": [[i, short(score)] for i, score in together[row]],
             "rank": int(rank[expert]),
-            "effective_rank": _short(effective_rank[expert]),
+            "effective_rank": short(effective_rank[expert]),
             "sample": None,
         }
         for row, expert in enumerate(firings.live)

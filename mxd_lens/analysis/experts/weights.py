@@ -13,17 +13,12 @@ from sae_lens.saes.sae import SAE
 from scipy import sparse
 from torch import Tensor
 
-from mxd_lens.analysis.experts.corpus import (
-    Firings,
-)
+from mxd_lens.analysis.experts.corpus import Firings
 from mxd_lens.layers.mxd import MxD
 
 Ranked = list[list[tuple[int, float]]]
 
 """For each expert in question: ids and scores, best first."""
-
-
-# Weights
 
 
 def spectrum(sae: SAE[Any], n: int) -> Float[Tensor, "rank"]:

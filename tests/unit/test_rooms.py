@@ -1,0 +1,54 @@
+"""The rooms of the package, and which way imports point between them."""
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import mxd_lens
+
+PACKAGE = Path(mxd_lens.__file__).parent
+ROOMS = [
+    *("startup", "fields", "files"),
+    *("demo", "layers", "models", "data", "analysis", "runs", "report"),
+    *("cli", "__main__"),
+]
+"""From the bottom up; ``__init__`` exports from all of them."""
+
+
+def name(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+
+
+MODULES = {name(path): path for path in sorted(PACKAGE.rglob("*.py")) if path.stem != "__init__"}
+
+
+def imported(module: str) -> set[str]:
+    """The modules of the package that a module imports from, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+            found |= names & MODULES.keys()
+    return found
+
+
+def room(module: str) -> str:
+    return module.split(".")[1]
+
+
+def test_every_module_has_a_room():
+    assert {room(module) for module in MODULES} == set(ROOMS)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_import_points_upwards(module):
+    above = ROOMS[ROOMS.index(room(module)) + 1 :]
+    assert not [other for other in imported(module) if room(other) in above]
+
+
+def test_imports_have_no_circle():
+    graph = {module: imported(module) for module in MODULES}
+    assert sum(map(len, graph.values())) > 50  # so that it is really read
+    TopologicalSorter(graph).prepare()
