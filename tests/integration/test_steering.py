@@ -32,7 +32,7 @@ def test_paraphrases_are_closer_than_unrelated_sentences():
 
 
 def test_embeddings_are_made_as_the_models_own_files_say():
-    folder = assets.minilm_dir()
+    folder = models.minilm_dir()
     modules = [module["type"] for module in json.loads((folder / "modules.json").read_text())]
     names = [module.rpartition(".")[2] for module in modules]
     assert names == ["Transformer", "Pooling", "Normalize"]
