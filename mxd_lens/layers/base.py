@@ -1,36 +1,42 @@
-"""What MxDs and transcoders share: from input to output by way of a top-k gate.
+"""What input-to-output layers share: from input to output by way of sparse codes.
 
-`TopKLayer` is an SAELens SAE whose input and output are different activations, and an MLP to
-TransformerLens; `TrainingTopKLayer` is one that SAELens' trainer can train.
+`PairLayer` is an SAELens SAE whose input and output are different activations, and an MLP to
+TransformerLens; `SparseLayer` one with a gate. `TrainingPairLayer` makes either trainable by
+SAELens' trainer, on batches ``cat([mlp_in, mlp_out], -1)``, with the reference's loss.
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, TypeAlias
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
-from sae_lens.saes.sae import SAE, TrainingSAE, TrainStepInput, TrainStepOutput
+from jaxtyping import Float
+from sae_lens.saes.sae import (
+    SAE,
+    SAEConfig,
+    TrainingSAE,
+    TrainingSAEConfig,
+    TrainStepInput,
+    TrainStepOutput,
+)
 from sae_lens.saes.topk_sae import SparseHookPoint
 from sae_lens.util import dtype_to_str
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from transformer_lens.hook_points import HookPoint
 
+from mxd_lens.layers.codes import Codes, DenseCodes, SparseCodes
 from mxd_lens.layers.kernels import (
-    keep_unit_norm,
+    gate_values,
+    pre_activation_chunks,
     pre_activations,
-    to_dense,
-    topk_gate,
+    token_of,
     topk_relu,
-    weighted_row_sum,
 )
-from mxd_lens.layers.objective import split_pairs, step_output
-
-Codes: TypeAlias = tuple[Tensor, Tensor] | Tensor
-
-"""Coefficients: values and indices [*batch, k], or dense [*batch, d_sae] where they have hooks."""
+from mxd_lens.layers.layer import Layer
 
 _CLOSURES = {
     "reshape_fn_in",
@@ -43,30 +49,52 @@ _FORWARDS: dict[type[nn.Module], Any] = {
     kind: kind.forward for kind in (HookPoint, SparseHookPoint)
 }
 
+_CHUNK_NUMBERS = 2**24
+"""Pre-activations that exist at a time, at most: 64 MiB in float32."""
 
-def check_topk(cfg: Any, units: str) -> None:
-    """Refuse a `TopKLayer`'s config that cannot work.
+
+@dataclass(kw_only=True)
+class PairConfig(SAEConfig):
+    """What a `PairLayer` needs at inference.
 
     Args:
-        units: what the layer calls its d_sae units.
+        d_out: width of the output (``d_in``, ``d_sae`` and the rest as in `SAEConfig`).
 
     Raises:
-        ValueError: a width below 1, k out of range, or an SAE option that an input-to-output
-            layer cannot honour.
+        ValueError: a width below 1, k out of range where there is one, or an SAE option that an
+            input-to-output layer cannot honour.
     """
-    for name in ("d_in", "d_out", "d_hidden", "d_sae"):
-        if getattr(cfg, name, 1) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(cfg, name)}")
-    if not 1 <= cfg.k <= cfg.d_sae:
-        raise ValueError(
-            f"k={cfg.k} {units} cannot be active out of d_sae={cfg.d_sae}: need 1 <= k <= d_sae"
-        )
-    if cfg.apply_b_dec_to_input:
-        raise ValueError("apply_b_dec_to_input: b_dec is an output bias here, it has no input side")
-    if cfg.normalize_activations != "none" or cfg.reshape_activations != "none":
-        raise ValueError(
-            "this layer takes normalize_activations='none', reshape_activations='none'"
-        )
+
+    d_out: int
+    apply_b_dec_to_input: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("d_in", "d_out", "d_hidden", "d_sae"):
+            if getattr(self, name, 1) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_k(getattr(self, "k", 1), self.d_sae)
+        if self.apply_b_dec_to_input:
+            raise ValueError(
+                "apply_b_dec_to_input: b_dec is an output bias here, it has no input side"
+            )
+        if self.normalize_activations != "none" or self.reshape_activations != "none":
+            raise ValueError(
+                "this layer takes normalize_activations='none', reshape_activations='none'"
+            )
+
+
+@dataclass(kw_only=True)
+class TrainingPairConfig(PairConfig, TrainingSAEConfig):
+    """Of a `TrainingPairLayer`: the fields of its inference configuration, and the recipe's."""
+
+    decoder_init_norm: float | None = None
+
+
+def check_k(k: float, d_sae: int) -> None:
+    """Raises ValueError if so many units cannot be active at a time."""
+    if not 1 <= k <= d_sae:
+        raise ValueError(f"k={k:g} cannot be active out of d_sae={d_sae}: need 1 <= k <= d_sae")
 
 
 @torch.no_grad()
@@ -92,19 +120,6 @@ def has_hooks(hook: nn.Module) -> bool:
     )
 
 
-def decode_codes(
-    codes: Codes, table: Float[Tensor, "d_sae d"], *, unit_norm: bool = False
-) -> Float[Tensor, "*batch d"]:
-    """``a @ table``.
-
-    Args:
-        unit_norm: as `weighted_row_sum`'s.
-    """
-    if isinstance(codes, Tensor):
-        return codes.to(table.dtype) @ (keep_unit_norm(table) if unit_norm else table)
-    return weighted_row_sum(*codes, table, unit_norm=unit_norm)
-
-
 def _of_a_plain_mlp(name: str) -> property:
     def read(layer: Any) -> Tensor:
         raise RuntimeError(
@@ -115,44 +130,28 @@ def _of_a_plain_mlp(name: str) -> property:
     return property(read)
 
 
-class TopKLayer(SAE[Any]):
-    """An input-to-output layer behind a top-k gate: what the MxD and the transcoders share.
-
-    A subclass has W_enc [d_in, d_sae], b_enc [d_sae] and W_dec [d_sae, d_out], and tells by
-    `_combine` how its output follows from its input and the coefficients' ``a W_dec``.
-    Dense coefficients exist only where `has_hooks`.
+class PairLayer(Layer, SAE[Any]):
+    """A layer from one activation to another. A subclass has b_dec [d_out] and tells by `compute`
+    how output and codes follow from the input.
 
     To TransformerLens it is an MLP with an output bias ``b_out`` and no other weights: what reads
     those (neurons' results, stacks over layers) raises a RuntimeError.
     """
 
-    b_enc: nn.Parameter
     W_in = _of_a_plain_mlp("W_in")
     b_in = _of_a_plain_mlp("b_in")
     W_gate = _of_a_plain_mlp("W_gate")
     W_out = _of_a_plain_mlp("W_out")
     decode_reads_input: ClassVar[bool] = True
-    """Whether the output depends on the input besides the coefficients."""
-    gate_chunk_size: int = 1024
-    """Tokens whose pre-activations exist at a time: set it lower to save memory."""
+    """Whether the output depends on the input besides the codes."""
 
     def __init__(self, cfg: Any):
         super().__init__(cfg)
         self.hook_in = HookPoint()
+        self.hook_codes = HookPoint()
         self.hook_out = HookPoint()
         self._to_decode: Tensor | None = None
         self.setup()
-
-    @torch.no_grad()
-    def initialize_weights(self) -> None:
-        """As the reference: W_enc uniform in +-1/sqrt(d_in), b_enc = 0, rows of W_dec uniform
-        and scaled to unit norm. The other parameters are the subclass's to add."""
-        cfg = self.cfg
-        # Units are read one by one, so W_enc's columns are kept contiguous in memory.
-        self.W_enc = nn.Parameter(self._uniform(cfg.d_sae, cfg.d_in).T)
-        self.b_enc = nn.Parameter(self._zeros(cfg.d_sae))
-        rows = self._zeros(cfg.d_sae, cfg.d_out).uniform_(-1, 1)
-        self.W_dec = nn.Parameter(F.normalize(rows, dim=-1))
 
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=self.dtype, device=self.device)
@@ -160,6 +159,22 @@ class TopKLayer(SAE[Any]):
     def _uniform(self, *shape: int) -> Tensor:
         bound = self.cfg.d_in**-0.5
         return self._zeros(*shape).uniform_(-bound, bound)
+
+    def compute(
+        self, x: Float[Tensor, "*batch d_in"]
+    ) -> tuple[Float[Tensor, "*batch d_out"], Codes]:
+        """Output and codes for an input as `process_sae_in` gives it."""
+        raise NotImplementedError
+
+    def _encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+        """The activations written out, unhooked, for an input as `process_sae_in` gives it."""
+        raise NotImplementedError
+
+    def _decode(
+        self, x: Float[Tensor, "*batch d_in"] | None, acts: Float[Tensor, "*batch d_sae"]
+    ) -> Float[Tensor, "*batch d_out"]:
+        """The output for these activations; x is None if not `decode_reads_input`."""
+        raise NotImplementedError
 
     @property
     def d_out(self) -> int:
@@ -176,27 +191,25 @@ class TopKLayer(SAE[Any]):
         Raises:
             ValueError: the last dimension of x is not d_in.
         """
-        inputs = self.process_sae_in(x)
-        y = self._combine(inputs, decode_codes(self._codes(inputs), self.W_dec))
+        y, _ = self.compute(self.process_sae_in(x))
         return self.hook_out(self.hook_sae_output(y.to(x.dtype)))
 
     def forward_with_activations(
         self, x: Float[Tensor, "*batch d_in"]
     ) -> tuple[Float[Tensor, "*batch d_out"], Float[Tensor, "*batch d_sae"]]:
-        """The output and the coefficients."""
+        """The output and the activations."""
         acts = self.encode(x)
         return self.decode(acts), acts
 
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
-        """The coefficients, written out densely. The next `decode` belongs to this x."""
+        """The activations, written out densely. The next `decode` belongs to this x."""
         inputs = self.process_sae_in(x)
         if self.decode_reads_input:
             self._to_decode = inputs
-        return self.hook_sae_acts_post(to_dense(*self._gate(inputs), self.cfg.d_sae))
+        return self.hook_sae_acts_post(self._encode(inputs))
 
     def decode(self, feature_acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_out"]:
-        """The output for these coefficients and, where the output depends on the input besides
-        them, the input of the last `encode`, which it uses up.
+        """Decode; layers whose output depends on the input, too, need the matching `encode` first.
 
         Raises:
             RuntimeError: that input is needed, and no `encode` came before, or one of another
@@ -208,10 +221,10 @@ class TopKLayer(SAE[Any]):
         ):
             seen = "no encode" if inputs is None else f"an encode of {tuple(inputs.shape)}"
             raise RuntimeError(
-                f"decode of coefficients {tuple(feature_acts.shape)} after {seen}: the output of "
+                f"decode of activations {tuple(feature_acts.shape)} after {seen}: the output of "
                 "this layer depends on its input, too, so call encode(x) first, then decode once"
             )
-        return self._combine(inputs, feature_acts.to(self.dtype) @ self.W_dec)
+        return self._decode(inputs, feature_acts.to(self.dtype))
 
     def process_sae_in(self, sae_in: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
         """The input as the gate reads it: in the layer's dtype, hooked.
@@ -225,25 +238,6 @@ class TopKLayer(SAE[Any]):
                 f"d_in={self.cfg.d_in}"
             )
         return self.hook_sae_input(self.hook_in(sae_in.to(self.dtype)))
-
-    def _codes(self, x: Float[Tensor, "*batch d_in"]) -> Codes:
-        values, indices = self._gate(x)
-        if has_hooks(self.hook_sae_acts_post):
-            return self.hook_sae_acts_post(to_dense(values, indices, self.cfg.d_sae))
-        return values, indices
-
-    def _gate(
-        self, x: Float[Tensor, "*batch d_in"]
-    ) -> tuple[Float[Tensor, "*batch k"], Int[Tensor, "*batch k"]]:
-        gate, k, chunk_size = (x, self.W_enc, self.b_enc), self.cfg.k, self.gate_chunk_size
-        if has_hooks(self.hook_sae_acts_pre):
-            pre = pre_activations(*gate, chunk_size=chunk_size)
-            return topk_relu(self.hook_sae_acts_pre(pre), k)
-        return topk_gate(*gate, k, chunk_size=chunk_size)
-
-    def _combine(self, x: Any, decoded: Tensor) -> Tensor:
-        """Output for input x (None from a `decode` that reads none) and ``decoded = a W_dec``."""
-        raise NotImplementedError
 
     def fold_W_dec_norm(self) -> None:
         self.fold_and_get_W_dec_norm()
@@ -263,7 +257,7 @@ class TopKLayer(SAE[Any]):
             "only an SAE's output is whitened as its input is: this layer's is another activation"
         )
 
-    def _apply(self, fn: Any, recurse: bool = True) -> TopKLayer:
+    def _apply(self, fn: Any, recurse: bool = True) -> PairLayer:
         super()._apply(fn, recurse)
         self._read_placement()
         return self
@@ -274,7 +268,7 @@ class TopKLayer(SAE[Any]):
 
     def _read_placement(self) -> None:
         """Say, in the config too, which dtype and device the weights have."""
-        self.dtype, self.device = self.W_enc.dtype, self.W_enc.device
+        self.dtype, self.device = self.b_dec.dtype, self.b_dec.device
         self.cfg.dtype, self.cfg.device = dtype_to_str(self.dtype), str(self.device)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -288,11 +282,9 @@ class TopKLayer(SAE[Any]):
         self.turn_off_forward_pass_hook_z_reshaping()
         self._setup_activation_normalization()
 
-    def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
-        state_dict["W_enc"] = state_dict["W_enc"].contiguous()
-
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
-        expected = {name: tuple(p.shape) for name, p in self.state_dict().items()}
+        own = self.state_dict()
+        expected = {name: tuple(p.shape) for name, p in own.items()}
         found = {name: tuple(p.shape) for name, p in state_dict.items()}
         if expected != found:
             wrong = sorted(expected.items() ^ found.items())
@@ -301,39 +293,144 @@ class TopKLayer(SAE[Any]):
                 f"describes; they differ in {wrong}"
             )
         for name, weight in state_dict.items():
-            state_dict[name] = weight.to(self.dtype)
+            state_dict[name] = weight.to(own[name].dtype)
+
+
+class SparseLayer(PairLayer):
+    """A `PairLayer` behind a gate: what MxDs and transcoders share.
+
+    A subclass has W_enc [d_in, d_sae], b_enc [d_sae] and W_dec [d_sae, d_out], and tells by
+    `combine` how its output follows from its input and its codes; by `pick` which units are active,
+    if not the k largest. Dense activations exist only while hooked.
+    """
+
+    b_enc: nn.Parameter
+    unit_norm_decoder: ClassVar[bool] = False
+    """Whether rows of W_dec are kept at unit norm, and their gradient orthogonal to them."""
+
+    @property
+    def gate_chunk_size(self) -> int:
+        """Tokens whose pre-activations exist at a time."""
+        return max(16, min(1024, _CHUNK_NUMBERS // self.cfg.d_sae))
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """As the reference: W_enc uniform in +-1/sqrt(d_in), b_enc = 0, rows of W_dec uniform
+        and scaled to unit norm. The other parameters are the subclass's to add."""
+        cfg = self.cfg
+        # Units are read one by one, so W_enc's columns are kept contiguous in memory.
+        self.W_enc = nn.Parameter(self._uniform(cfg.d_sae, cfg.d_in).T)
+        self.b_enc = nn.Parameter(self._zeros(cfg.d_sae))
+        rows = self._zeros(cfg.d_sae, cfg.d_out).uniform_(-1, 1)
+        self.W_dec = nn.Parameter(F.normalize(rows, dim=-1))
+
+    def combine(
+        self, x: Float[Tensor, "*batch d_in"], codes: Codes
+    ) -> Float[Tensor, "*batch d_out"]:
+        """The output for an input and its codes: the layer's one formula."""
+        raise NotImplementedError
+
+    def pick(
+        self, chunks: Iterable[Float[Tensor, "chunk d_sae"]], batch: torch.Size
+    ) -> SparseCodes:
+        """Which units are active; called without gradients.
+
+        Args:
+            chunks: pre-activations, some tokens at a time, each in the memory of the one before.
+            batch: shape of all tokens.
+        """
+        k, d_sae = self.cfg.k, self.cfg.d_sae
+        return SparseCodes(*topk_relu(chunks, k, batch=batch, dtype=self.dtype), d_sae)
+
+    def codes(self, x: Float[Tensor, "*batch d_in"]) -> Codes:
+        return self._codes(self.process_sae_in(x))
+
+    def gate(self, x: Float[Tensor, "*batch d_in"]) -> SparseCodes:
+        """The codes of an input as `process_sae_in` gives it."""
+        chunk_size, batch = self.gate_chunk_size, x.shape[:-1]
+        if has_hooks(self.hook_sae_acts_pre):
+            pre = pre_activations(x, self.W_enc, self.b_enc, chunk_size=chunk_size)
+            pre = self.hook_sae_acts_pre(pre)
+            codes = self._pick(pre.reshape(-1, pre.shape[-1]).split(chunk_size), batch)
+            return codes.with_values(picked_from(pre, codes).relu())
+        gate = (x, self.W_enc, self.b_enc)
+        codes = self._pick(pre_activation_chunks(*gate, chunk_size=chunk_size), batch)
+        return codes.with_values(
+            gate_values(codes.values, codes.indices, *gate, counts=codes.counts)
+        )
+
+    @torch.no_grad()
+    def _pick(self, chunks: Iterable[Tensor], batch: torch.Size) -> SparseCodes:
+        return self.pick(chunks, batch)
+
+    def compute(
+        self, x: Float[Tensor, "*batch d_in"]
+    ) -> tuple[Float[Tensor, "*batch d_out"], Codes]:
+        codes = self._codes(x)
+        return self.combine(x, codes), codes
+
+    def _codes(self, x: Float[Tensor, "*batch d_in"]) -> Codes:
+        codes = self.hook_codes(self.gate(x))
+        if has_hooks(self.hook_sae_acts_post):
+            return DenseCodes(self.hook_sae_acts_post(codes.dense()))
+        return codes
+
+    def _encode(self, x: Tensor) -> Tensor:
+        return self.hook_codes(self.gate(x)).dense()
+
+    def _decode(self, x: Any, acts: Tensor) -> Tensor:
+        return self.combine(x, DenseCodes(acts))
+
+    def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
+        state_dict["W_enc"] = state_dict["W_enc"].contiguous()
+
+    def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
+        super().process_state_dict_for_loading(state_dict)
         state_dict["W_enc"] = state_dict["W_enc"].T.contiguous().T
 
 
-class TrainingTopKLayer(TopKLayer, TrainingSAE[Any]):
-    """A `TopKLayer` as `SAETrainer` trains it, on batches ``cat([mlp_in, mlp_out], -1)``."""
+def picked_from(pre: Float[Tensor, "*batch d_sae"], codes: SparseCodes) -> Tensor:
+    """The entries of pre at the codes' places, in the codes' shape."""
+    if codes.counts is None:
+        return pre.gather(-1, codes.indices)
+    return pre.reshape(-1, pre.shape[-1])[token_of(codes.indices, codes.counts), codes.indices]
 
-    unit_norm_decoder: ClassVar[bool] = True
-    """Whether rows of W_dec are kept at unit norm, and their gradient orthogonal to them."""
+
+class TrainingPairLayer(PairLayer, TrainingSAE[Any]):
+    """A `PairLayer` as `SAETrainer` trains it, on batches ``cat([mlp_in, mlp_out], -1)``."""
 
     @torch.no_grad()
-    def renormalise(self) -> None:
-        """What is kept at unit norm back to it, before every step."""
-        if self.unit_norm_decoder:
-            to_unit_norm_(self.W_dec, -1)
+    def normalize_decoder(self) -> None:
+        """Called before each step: here, nothing has a norm to keep."""
+
+    def losses(
+        self, y_hat: Float[Tensor, "batch d_out"], y: Float[Tensor, "batch d_out"], codes: Codes
+    ) -> dict[str, Float[Tensor, ""]]:
+        """The losses that are summed, by name."""
+        return {"mse_loss": pair_loss(y_hat, y)}
 
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        """The layer and its loss on one batch, see `step_output`.
+        """The layer and its losses on one batch, as `SAETrainer` reads it.
+
+        ``sae_in`` is the target, from which SAETrainer logs explained variance; ``feature_acts``
+        is a detached tensor [batch, d_sae], sparse where the codes are, for it to count firings
+        of.
 
         Raises:
             ValueError: the batch is not d_in + d_out wide.
         """
         x, y = split_pairs(step_input.sae_in, self.cfg.d_in, self.cfg.d_out)
-        self.renormalise()
-        inputs = self.process_sae_in(x)
-        codes = self._codes(inputs)
-        decoded = decode_codes(codes, self.W_dec, unit_norm=self.unit_norm_decoder)
-        y_hat = self._combine(inputs, decoded)
-        return step_output(y, y_hat, codes, self.cfg.d_sae, self._aux_losses(codes, y))
-
-    def _aux_losses(self, codes: Codes, y: Tensor) -> dict[str, Tensor]:
-        """What the loss has besides the output's error."""
-        return {}
+        self.normalize_decoder()
+        y_hat, codes = self.compute(self.process_sae_in(x))
+        losses = self.losses(y_hat, y, codes)
+        return TrainStepOutput(
+            sae_in=y,
+            sae_out=y_hat.to(y.dtype),
+            feature_acts=codes.coo(),
+            hidden_pre=codes.values,
+            loss=torch.stack(list(losses.values())).sum(),
+            losses={name: loss.detach() for name, loss in losses.items()},
+        )
 
     def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
         acts = self.encode(x)
@@ -354,3 +451,40 @@ class TrainingTopKLayer(TopKLayer, TrainingSAE[Any]):
         sae.process_state_dict_for_loading(state_dict)
         sae.load_state_dict(state_dict)
         return sae
+
+
+class TrainingSparseLayer(SparseLayer, TrainingPairLayer):
+    """A `SparseLayer` as `SAETrainer` trains it, rows of W_dec at unit norm."""
+
+    unit_norm_decoder: ClassVar[bool] = True
+
+    @torch.no_grad()
+    def normalize_decoder(self) -> None:
+        """Re-normalise decoder rows, before each step."""
+        if self.unit_norm_decoder:
+            to_unit_norm_(self.W_dec, -1)
+
+
+def split_pairs(
+    pairs: Float[Tensor, "batch d_pair"], d_in: int, d_out: int
+) -> tuple[Float[Tensor, "batch d_in"], Float[Tensor, "batch d_out"]]:
+    """(mlp_in, mlp_out) of a training batch ``cat([mlp_in, mlp_out], -1)``.
+
+    Raises:
+        ValueError: the batch is not d_in + d_out wide.
+    """
+    if pairs.shape[-1] != d_in + d_out:
+        raise ValueError(
+            f"a training batch has width {pairs.shape[-1]}, need d_in + d_out = "
+            f"{d_in + d_out}: cat([mlp_in, mlp_out], -1)"
+        )
+    x, y = pairs.split([d_in, d_out], dim=-1)
+    return x, y
+
+
+def pair_loss(
+    y_hat: Float[Tensor, "batch d_out"], y: Float[Tensor, "batch d_out"]
+) -> Float[Tensor, ""]:
+    """Mean over tokens and outputs of ``(y_hat - y)^2 / ||y||_2`` (the reference's loss)."""
+    norm = y.norm(dim=-1, keepdim=True).clamp_min(1e-6)
+    return ((y_hat.to(y.dtype) - y).square() / norm).mean()

@@ -1,4 +1,4 @@
-"""The MLP that a layer replaces: its shape, and how to read its weights from a language model."""
+"""The MLP that a layer replaces: its shape and weights, read from a language model."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.activations import ACT2CLS
 
@@ -22,12 +23,45 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@torch.no_grad()
-def read_mlp(mlp: nn.Module) -> dict[str, Any]:
-    """Weights of a HookedTransformer's or TransformerBridge's MLP.
+@dataclass(frozen=True)
+class MLPShape:
+    """Widths and kind of an MLP or GLU."""
 
-    Returns:
-        W_in, b_in, W_out, b_dec, act_fn and, for a GLU, W_gate and b_gate.
+    d_in: int
+    d_out: int
+    d_hidden: int
+    act_fn: str
+    gated: bool
+
+    @property
+    def n_hidden(self) -> int:
+        """Parameters of the hidden units and their decoder as the paper's reference counts them:
+        the weights, and d_out output biases."""
+        return (self.d_in * (2 if self.gated else 1) + self.d_out) * self.d_hidden + self.d_out
+
+
+@dataclass(frozen=True)
+class MLPWeights:
+    """``act(x W_in + b_in) W_out + b_out``; a GLU: ``act(x W_gate + b_gate) * (x W_in + b_in)``
+    before W_out."""
+
+    W_in: Float[Tensor, "d_in d_hidden"]
+    b_in: Float[Tensor, "d_hidden"]
+    W_out: Float[Tensor, "d_hidden d_out"]
+    b_out: Float[Tensor, "d_out"]
+    act_fn: str
+    W_gate: Float[Tensor, "d_in d_hidden"] | None = None
+    b_gate: Float[Tensor, "d_hidden"] | None = None
+
+    @property
+    def shape(self) -> MLPShape:
+        (d_in, d_hidden), d_out = self.W_in.shape, self.W_out.shape[1]
+        return MLPShape(d_in, d_out, d_hidden, self.act_fn, self.W_gate is not None)
+
+
+@torch.no_grad()
+def read_mlp(mlp: nn.Module) -> MLPWeights:
+    """Weights of a HookedTransformer's or TransformerBridge's MLP.
 
     Raises:
         ValueError: the module is neither an MLP nor a GLU, or has an unknown activation.
@@ -50,20 +84,13 @@ def read_mlp(mlp: nn.Module) -> dict[str, Any]:
         value = getattr(mlp, name, None)
         return like.new_zeros(like.shape[1]) if value is None else value
 
-    weights = {
-        "W_in": W_in,
-        "b_in": bias("b_in", W_in),
-        "W_out": W_out,
-        "b_dec": bias("b_out", W_out),
-        "act_fn": act_fn,
-    }
+    b_in, b_out = bias("b_in", W_in), bias("b_out", W_out)
     W_gate = getattr(mlp, "W_gate", None)
-    if W_gate is not None:
-        weights |= {"W_gate": W_gate, "b_gate": bias("b_gate", W_gate)}
-        if not bridged:  # TransformerLens adds a GLU's b_in after the product
-            weights["b_dec"] = weights["b_dec"] + weights["b_in"] @ W_out
-            weights["b_in"] = torch.zeros_like(weights["b_in"])
-    return weights
+    if W_gate is None:
+        return MLPWeights(W_in, b_in, W_out, b_out, str(act_fn))
+    if not bridged:  # TransformerLens adds a GLU's b_in after the product
+        b_in, b_out = torch.zeros_like(b_in), b_out + b_in @ W_out
+    return MLPWeights(W_in, b_in, W_out, b_out, str(act_fn), W_gate, bias("b_gate", W_gate))
 
 
 def _bridged_act_fn(mlp: Any) -> str | None:
@@ -78,21 +105,3 @@ def _bridged_act_fn(mlp: Any) -> str | None:
         if (name := getattr(mlp.config, attribute, None)) is not None:
             return name
     return None
-
-
-@dataclass(frozen=True)
-class MLPShape:
-    """The MLP that is to be replaced."""
-
-    d_in: int
-    d_out: int
-    d_hidden: int
-    act_fn: str
-    gated: bool
-
-    @classmethod
-    def of(cls, mlp_weights: dict[str, Any]) -> MLPShape:
-        """From `read_mlp`'s answer."""
-        d_in, d_hidden = mlp_weights["W_in"].shape
-        d_out = mlp_weights["W_out"].shape[1]
-        return cls(d_in, d_out, d_hidden, mlp_weights["act_fn"], "W_gate" in mlp_weights)

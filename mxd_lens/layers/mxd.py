@@ -3,118 +3,94 @@
 An MxD replaces an MLP or GLU by ``d_sae`` sparsely active experts, each a full-rank linear map
 of the dense hidden units ``z`` (Oldfield et al. 2025, arXiv 2505.21364, section 2)::
 
-    z = act(x W_hidden + b_hidden)                      an MLP         [.., d_hidden]
-    z = act(x W_hidden_gate + b_hidden_gate) * (x W_hidden + b_hidden)      a GLU
-    a = topk_k(relu(x W_enc + b_enc))                   coefficients   [.., d_sae]
+    z = hidden units, see `HiddenUnits`                                 [.., d_hidden]
+    a = topk_k(relu(x W_enc + b_enc))                   activations      [.., d_sae]
     y = sum_n a_n W_n^T z + b_dec,  W_n = W_shared diag(W_dec[n])
       = (a W_dec) * (z W_shared) + b_dec                               [.., d_out]
 
-The gate and the experts have SAELens' names. The dense part's are not those of TransformerLens'
-MLPs, whose code would take the layer for one whose neurons write rows of W_out.
+The gate and the experts have SAELens' names. The default recipe copies the hidden units from the
+original MLP and centres the gate; the paper's is in `mxd_lens.layers.mxd_paper`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from einops import reduce
+from jaxtyping import Float, Int
 from sae_lens.registry import register_sae_class, register_sae_training_class
-from sae_lens.saes.sae import (
-    SAEConfig,
-    TrainingSAEConfig,
-)
+from sae_lens.util import dtype_to_str
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from mxd_lens.layers.base import (
-    Codes,
-    TopKLayer,
-    TrainingTopKLayer,
-    check_topk,
-    decode_codes,
+    SparseLayer,
+    TrainingPairConfig,
+    TrainingSparseLayer,
     has_hooks,
+    pair_loss,
+    picked_from,
     to_unit_norm_,
 )
-from mxd_lens.layers.kernels import pre_activations, topk_gate, topk_relu
-from mxd_lens.layers.mlp import ACTIVATIONS, read_mlp
-from mxd_lens.layers.objective import pair_loss
+from mxd_lens.layers.codes import Codes, SparseCodes
+from mxd_lens.layers.hidden import HiddenConfig, HiddenUnits
+from mxd_lens.layers.kernels import gate_values, pre_activation_chunks, pre_activations
+from mxd_lens.layers.mlp import MLPShape, MLPWeights, read_mlp
 
-Recipe = Literal["centred", "paper"]
+_N_FIRING = 32  # tokens over which what an expert writes is averaged
 
 
 @dataclass(kw_only=True)
-class MxDConfig(SAEConfig):
-    """Shape of an MxD; the fields a layer needs at inference.
+class MxDConfig(HiddenConfig):
+    """Shape of an MxD; the fields a layer needs at inference, `HiddenConfig`'s among them.
 
     Args:
-        d_out: width of the output (``d_in``, ``d_sae`` and the rest as in `SAEConfig`).
         d_hidden: width of the dense hidden units.
         k: experts active per token, 1 <= k <= d_sae.
-        act_fn: activation of the hidden units, a key of `ACTIVATIONS`.
-        gated: whether the hidden layer is a GLU.
-
-    Raises:
-        ValueError: k out of range, an unknown activation, or an SAE option that an
-            input-to-output layer cannot honour.
     """
 
-    d_out: int
     d_hidden: int
     k: int = 32
-    act_fn: str = "silu"
-    gated: bool = True
-    apply_b_dec_to_input: bool = False
 
     @classmethod
     def architecture(cls) -> str:
         return "mxd"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check(self)
 
-
-def _check(cfg: MxDConfig | TrainingMxDConfig) -> None:
-    check_topk(cfg, "experts")
-    if cfg.act_fn not in ACTIVATIONS:
-        raise ValueError(
-            f"unknown activation act_fn={cfg.act_fn!r}; known: {', '.join(ACTIVATIONS)}"
-        )
-
-
-class MxD(TopKLayer):
+class MxD(SparseLayer, HiddenUnits):
     """A Mixture of Decoders for inference: an MLP to TransformerLens, an SAE to SAELens.
 
     Parameters (``cfg.dtype``):
         W_enc [d_in, d_sae], b_enc [d_sae]: the experts' gate.
         W_dec [d_sae, d_out]: one row ``c_n`` per expert.
-        W_hidden [d_in, d_hidden], b_hidden [d_hidden] and, for a GLU, W_hidden_gate, b_hidden_gate
-            of the same shapes: the dense hidden units.
+        Those of `HiddenUnits`.
         W_shared [d_hidden, d_out], b_dec [d_out]: the decoder all experts share, the output bias.
 
     Hook points, in the order they fire: ``hook_in`` (``hook_sae_input``), ``hook_sae_acts_pre``
-    and ``hook_sae_acts_post`` [.., d_sae], ``hook_experts`` (``a W_dec``) [.., d_out],
-    ``hook_pre`` and, for a GLU, ``hook_pre_linear``, then ``hook_post`` (z) [.., d_hidden],
-    ``hook_shared`` (``z W_shared``) [.., d_out], ``hook_sae_recons``, ``hook_sae_output`` and
-    ``hook_out`` [.., d_out].
+    [.., d_sae], ``hook_codes`` (a `SparseCodes`), ``hook_sae_acts_post`` [.., d_sae],
+    ``hook_experts`` (``a W_dec``) [.., d_out], those of `HiddenUnits`, ``hook_shared``
+    (``z W_shared``) [.., d_out], ``hook_sae_recons``, ``hook_sae_output`` and ``hook_out``
+    [.., d_out].
+
+    Example::
+
+        mxd = MxD.from_mlp(model.blocks[6].mlp)
+        with mxd_lens.splice(model, {6: mxd}):
+            model("The same model, by other means")
     """
 
     cfg: MxDConfig
-    W_hidden: nn.Parameter
-    b_hidden: nn.Parameter
-    W_hidden_gate: nn.Parameter
-    b_hidden_gate: nn.Parameter
+    label: ClassVar[str] = "MxD"
+    default_lr: ClassVar[float] = 3e-3
+    sparse_hook: ClassVar[str] = "hook_experts"
     W_shared: nn.Parameter
 
     def __init__(self, cfg: Any):
         super().__init__(cfg)
         self.hook_experts = HookPoint()
-        self.hook_pre = HookPoint()
-        if cfg.gated:
-            self.hook_pre_linear = HookPoint()
-        self.hook_post = HookPoint()
         self.hook_shared = HookPoint()
         self.setup()
 
@@ -123,25 +99,12 @@ class MxD(TopKLayer):
         """As the reference: linear layers uniform in +-1/sqrt(fan_in), W_shared = 0 so that
         the output starts at b_dec = 0, rows of W_dec uniform and scaled to unit norm."""
         super().initialize_weights()
-        cfg = self.cfg
-        self.W_hidden = nn.Parameter(self._uniform(cfg.d_in, cfg.d_hidden))
-        self.b_hidden = nn.Parameter(self._zeros(cfg.d_hidden))
-        if cfg.gated:
-            self.W_hidden_gate = nn.Parameter(self._uniform(cfg.d_in, cfg.d_hidden))
-            self.b_hidden_gate = nn.Parameter(self._zeros(cfg.d_hidden))
-        self.W_shared = nn.Parameter(self._zeros(cfg.d_hidden, cfg.d_out))
-        self.b_dec = nn.Parameter(self._zeros(cfg.d_out))
+        self.initialize_hidden_units()
+        self.W_shared = nn.Parameter(self._zeros(self.cfg.d_hidden, self.cfg.d_out))
+        self.b_dec = nn.Parameter(self._zeros(self.cfg.d_out))
 
-    def hidden(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_hidden"]:
-        """The dense hidden units z."""
-        act = ACTIVATIONS[self.cfg.act_fn]
-        linear = x @ self.W_hidden + self.b_hidden
-        if not self.cfg.gated:
-            return self.hook_post(act(self.hook_pre(linear)))
-        pre = self.hook_pre(x @ self.W_hidden_gate + self.b_hidden_gate)
-        return self.hook_post(act(pre) * self.hook_pre_linear(linear))
-
-    def _combine(self, x: Tensor, experts: Tensor) -> Tensor:
+    def combine(self, x: Tensor, codes: Codes) -> Tensor:
+        experts = codes.decode(self.W_dec, unit_norm=self.unit_norm_decoder)
         experts = self.hook_experts(experts)
         shared = self.hook_shared(self.hidden(x) @ self.W_shared)
         return self.hook_sae_recons(experts * shared + self.b_dec)
@@ -152,6 +115,62 @@ class MxD(TopKLayer):
         Its rank is that of W_shared where ``W_dec[n]`` has no zero entry (paper, lemma 1).
         """
         return self.W_shared * self.W_dec[n]
+
+    @classmethod
+    def width_for(cls, n_parameters: int, mlp: MLPShape) -> int:
+        """As `Layer.width_for`; the gate's biases count, as in the reference."""
+        return round((n_parameters - mlp.n_hidden) / (mlp.d_in + mlp.d_out + 1))
+
+    @torch.no_grad()
+    def steering_directions(
+        self, units: Int[Tensor, "n"], x: Float[Tensor, "tokens d_in"]
+    ) -> Float[Tensor, "n d_out"]:
+        """``W_dec[n] * (z W_shared)``, which depends on the token: its mean over the 32 tokens of
+        x with that expert's largest gate."""
+        W_dec, x = self.W_dec[units], x.to(self.dtype)
+        shared = torch.cat([self.hidden(part) @ self.W_shared for part in x.split(1024)])
+        n = min(_N_FIRING, len(x))
+        written = [
+            row * shared[(x @ self.W_enc[:, part]).topk(n, dim=0).indices].mean(0)
+            for row, part in zip(W_dec.split(256), units.split(256), strict=True)
+        ]
+        return torch.cat(written)
+
+    @torch.no_grad()
+    def effect_norms(
+        self, units: Int[Tensor, "n"], x: Float[Tensor, "tokens d_in"]
+    ) -> Float[Tensor, "n"]:
+        W_dec = self.W_dec[units]
+        total = W_dec.new_zeros(len(W_dec))
+        for tokens in x.to(W_dec).split(1024):
+            shared = self.hidden(tokens) @ self.W_shared  # [tokens, d_out]
+            total += (shared.square() @ W_dec.square().T).sqrt().sum(0)
+        return total / len(x)
+
+    @torch.no_grad()
+    def weight_rows(self, units: Int[Tensor, "n"]) -> Float[Tensor, "n d_out"]:
+        """``W_dec[n]`` times the norms of W_shared's columns: their inner products are those of
+        the matrices ``W_shared diag(W_dec[n])``."""
+        return self.W_dec[units].float() * self.W_shared.float().norm(dim=0)
+
+    @torch.no_grad()
+    def ranks(self) -> tuple[Int[np.ndarray, "d_sae"], Float[np.ndarray, "d_sae"]]:
+        """Of ``W_shared diag(W_dec[n])``, see `Layer.ranks`.
+
+        An expert has W_shared's rank where ``W_dec[n]`` has no zero (paper, lemma 1), and is
+        computed otherwise. With ``G = W_shared^T W_shared`` and ``c = W_dec[n]``,
+        ``sum s^2 = c^2 diag(G)`` and ``sum s^4 = c^2 (G * G) c^2``, so that no expert needs a
+        decomposition.
+        """
+        W_shared, square = self.W_shared.cpu().double(), self.W_dec.cpu().double().square()
+        gram = W_shared.T @ W_shared
+        second = square @ gram.diagonal()
+        fourth = reduce(square @ gram.square() * square, "n d_out -> n", "sum")
+        effective = torch.where(fourth > 0, second.square() / fourth, 0.0)
+        rank = torch.linalg.matrix_rank(self.W_shared.float()).repeat(self.cfg.d_sae)
+        for n in (self.W_dec == 0).any(-1).nonzero()[:, 0]:
+            rank[n] = torch.linalg.matrix_rank(self.expert_weights(int(n)).float())
+        return rank.cpu().numpy(), effective.numpy()
 
     @classmethod
     @torch.no_grad()
@@ -165,89 +184,42 @@ class MxD(TopKLayer):
         Raises:
             ValueError: the module is neither an MLP nor a GLU, or has an unknown activation.
         """
-        mlp_weights = read_mlp(mlp)
-        W_in, W_out = mlp_weights["W_in"], mlp_weights["W_out"]
-        cfg = MxDConfig(
-            d_in=W_in.shape[0],
-            d_out=W_out.shape[1],
-            d_hidden=W_in.shape[1],
-            d_sae=d_sae,
-            k=k,
-            act_fn=mlp_weights["act_fn"],
-            gated="W_gate" in mlp_weights,
-            dtype=str(W_in.dtype).removeprefix("torch."),
-            device=str(W_in.device),
-        )
-        mxd = cls(cfg)
-        mxd.copy_hidden_units(mlp_weights)
-        mxd.W_shared.copy_(W_out)
-        mxd.b_dec.copy_(mlp_weights["b_dec"])
+        weights = read_mlp(mlp)
+        dtype, device = dtype_to_str(weights.W_in.dtype), str(weights.W_in.device)
+        shape: dict[str, Any] = asdict(weights.shape) | {"d_sae": d_sae, "k": k}
+        mxd = cls(MxDConfig(**shape, dtype=dtype, device=device))
+        mxd.copy_hidden_units(weights)
+        mxd.W_shared.copy_(weights.W_out)
+        mxd.b_dec.copy_(weights.b_out)
         mxd.W_enc.zero_()
         mxd.b_enc[:k] = 1 / k
         mxd.W_dec.fill_(1.0)
         return mxd
 
-    @torch.no_grad()
-    def copy_hidden_units(self, mlp_weights: dict[str, Any]) -> None:
-        """Take the hidden units' weights from `read_mlp`'s answer.
-
-        Raises:
-            ValueError: the MLP has other widths, kind or activation than this layer.
-        """
-        theirs = (tuple(mlp_weights["W_in"].shape), "W_gate" in mlp_weights, mlp_weights["act_fn"])
-        ours = ((self.cfg.d_in, self.cfg.d_hidden), self.cfg.gated, self.cfg.act_fn)
-        if theirs != ours:
-            raise ValueError(
-                f"this MLP has ((d_in, d_hidden), gated, act_fn) = {theirs}, the MxD {ours}"
-            )
-        self.W_hidden.copy_(mlp_weights["W_in"])
-        self.b_hidden.copy_(mlp_weights["b_in"])
-        if self.cfg.gated:
-            self.W_hidden_gate.copy_(mlp_weights["W_gate"])
-            self.b_hidden_gate.copy_(mlp_weights["b_gate"])
-
 
 @dataclass(kw_only=True)
-class TrainingMxDConfig(TrainingSAEConfig):
-    """`MxDConfig`'s fields and the recipe.
+class TrainingMxDConfig(MxDConfig, TrainingPairConfig):
+    """`MxDConfig`'s fields and the recipe's.
 
     Args:
-        recipe: ``"paper"``: gate with a bias, started at random. ``"centred"``: the gate reads
-            ``x - gate_mean``, has no bias, rows of unit norm and one learned scale, so that
-            every pre-activation has mean zero and no expert can always be on; saved as an
-            ordinary gate. W_dec's rows are centred as well. Both recipes keep them at unit norm.
-        aux_loss_coefficient: of the centred recipe: how much it counts that the coefficients tell
-            the output by themselves, through a linear decoder that is dropped when saving. It
-            keeps them from becoming idle where the dense part does nearly all of the work.
+        aux_loss_coefficient: weight of a linear reconstruction from the activations alone, by a
+            decoder that is discarded on save. It keeps the experts from becoming idle where the
+            dense part does nearly all of the work.
     """
 
-    d_out: int
-    d_hidden: int
-    k: int = 32
-    act_fn: str = "silu"
-    gated: bool = True
-    apply_b_dec_to_input: bool = False
-    recipe: Recipe = "centred"
     aux_loss_coefficient: float = 0.3
-    decoder_init_norm: float | None = None
-
-    @classmethod
-    def architecture(cls) -> str:
-        return "mxd"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check(self)
-        if self.recipe not in get_args(Recipe):
-            raise ValueError(f"recipe must be one of {get_args(Recipe)}, got {self.recipe!r}")
 
 
-class TrainingMxD(MxD, TrainingTopKLayer):
+class TrainingMxD(MxD, TrainingSparseLayer):
     """The MxD as `SAETrainer` trains it, on batches ``cat([mlp_in, mlp_out], -1)``.
 
-    Beside MxD's parameters, for the centred recipe: ``gate_mean`` [d_in] (a buffer) and
-    ``log_gate_scale`` []; its gate is ``exp(log_gate_scale) * (x - gate_mean) W_enc``. And the
-    decoder of its auxiliary loss, W_aux [d_sae, d_out] and b_aux [d_out].
+    The gate reads ``x - gate_mean``, has no bias, columns of unit norm and one learned scale,
+    ``exp(log_gate_scale) * (x - gate_mean) W_enc``, so that every pre-activation has mean zero and
+    no expert can always be on; it is saved as an ordinary gate. Rows of W_dec are centred and of
+    unit norm.
+
+    Beside MxD's parameters: ``gate_mean`` [d_in] (a buffer), ``log_gate_scale`` [], and the
+    decoder of the auxiliary loss, W_aux [d_sae, d_out] and b_aux [d_out].
     """
 
     cfg: TrainingMxDConfig  # type: ignore[assignment]
@@ -255,78 +227,74 @@ class TrainingMxD(MxD, TrainingTopKLayer):
 
     def initialize_weights(self) -> None:
         super().initialize_weights()
-        if self.cfg.recipe == "centred":
-            self.register_buffer("gate_mean", self._zeros(self.cfg.d_in))
-            self.log_gate_scale = nn.Parameter(self._zeros())
-            self.b_enc.requires_grad_(False)
-            self.W_aux = nn.Parameter(self._zeros(self.cfg.d_sae, self.cfg.d_out))
-            self.b_aux = nn.Parameter(self._zeros(self.cfg.d_out))
-            self.renormalise()
+        self.register_buffer("gate_mean", self._zeros(self.cfg.d_in))
+        self.log_gate_scale = nn.Parameter(self._zeros())
+        self.b_enc.requires_grad_(False)
+        self.W_aux = nn.Parameter(self._zeros(self.cfg.d_sae, self.cfg.d_out))
+        self.b_aux = nn.Parameter(self._zeros(self.cfg.d_out))
+        self.normalize_decoder()
 
     @torch.no_grad()
-    def start_from(self, mlp_weights: dict[str, Any], mlp_in: Float[Tensor, "batch d_in"]) -> None:
-        """Start the centred recipe from the MLP's own hidden units and a sample of its inputs.
+    def init_from(
+        self, mlp: MLPWeights, x: Float[Tensor, "batch d_in"], y: Float[Tensor, "batch d_out"]
+    ) -> None:
+        """Copy the MLP's hidden units; centre the gate on the sample's inputs.
 
         W_shared stays zero. The gate's scale is set such that ``a W_dec`` has entries of size one.
 
         Raises:
-            ValueError: the layer's recipe is another, or the MLP does not fit it.
+            ValueError: the MLP does not fit the layer.
         """
-        if self.cfg.recipe != "centred":
-            raise ValueError(f"start_from is the centred recipe's, this is {self.cfg.recipe!r}")
-        self.copy_hidden_units(mlp_weights)
-        self.gate_mean.copy_(mlp_in.mean(0))
-        values, _ = self._gate(mlp_in.to(self.dtype))
-        size = values.square().sum(-1).mean().div(self.cfg.d_out).sqrt()
+        self.copy_hidden_units(mlp)
+        self.gate_mean.copy_(x.mean(0))
+        codes = self.gate(x.to(self.dtype))
+        size = codes.square_norms().mean().div(self.cfg.d_out).sqrt()
         self.log_gate_scale.sub_(size.log())
 
     @torch.no_grad()
-    def renormalise(self) -> None:
-        """Rows of W_dec, and the centred gate's columns, back to unit norm.
+    def normalize_decoder(self) -> None:
+        """Re-normalise rows of W_dec and columns of W_enc, before each step.
 
-        Centred experts, too: what all rows of W_dec share would make ``a W_dec`` constant and
-        the choice of experts idle, so it is taken out first. Norming brings a little of it back,
-        so repeated calls settle rather than stand still.
+        Rows are centred first: what all of them share would make ``a W_dec`` constant and the
+        choice of experts idle. Norming brings a little of it back, so repeated calls settle
+        rather than stand still.
         """
-        if self.cfg.recipe == "centred":
-            self.W_dec.sub_(self.W_dec.mean(0))
-            to_unit_norm_(self.W_enc, 0)
-        super().renormalise()
+        self.W_dec.sub_(self.W_dec.mean(0))
+        to_unit_norm_(self.W_enc, 0)
+        super().normalize_decoder()
 
-    def _gate(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if self.cfg.recipe == "paper":
-            return super()._gate(x)
+    def gate(self, x: Float[Tensor, "*batch d_in"]) -> SparseCodes:
         scale = self.log_gate_scale.exp()
-        x = x - self.gate_mean
-        gate, k = (x, self.W_enc, self.b_enc), self.cfg.k
-        options: Any = {"unit_norm": True, "chunk_size": self.gate_chunk_size}
+        gate, batch = (x - self.gate_mean, self.W_enc, self.b_enc), x.shape[:-1]
+        chunk_size = self.gate_chunk_size
         if has_hooks(self.hook_sae_acts_pre):
-            pre = pre_activations(*gate, **options)
+            pre = pre_activations(*gate, unit_norm=True, chunk_size=chunk_size)
             scaled = self.hook_sae_acts_pre(pre * scale)
             # Scaling rounds: what no hook has edited is ranked as it is without hooks, before it.
             rank = torch.where(scaled == pre * scale, pre, scaled / scale)
-            _, indices = topk_relu(rank, k)
-            return scaled.gather(-1, indices).relu(), indices
-        values, indices = topk_gate(*gate, k, **options)
-        return values * scale, indices
+            codes = self._pick(rank.reshape(-1, rank.shape[-1]).split(chunk_size), batch)
+            return codes.with_values(picked_from(scaled, codes).relu())
+        codes = self._pick(pre_activation_chunks(*gate, chunk_size=chunk_size), batch)
+        values = gate_values(
+            codes.values, codes.indices, *gate, counts=codes.counts, unit_norm=True
+        )
+        return codes.with_values(values * scale)
 
-    def _aux_losses(self, codes: Codes, y: Tensor) -> dict[str, Tensor]:
-        coefficient = self.cfg.aux_loss_coefficient
-        if self.cfg.recipe == "paper" or not coefficient:
-            return {}
-        y_hat = decode_codes(codes, self.W_aux) + self.b_aux
-        return {"auxiliary_loss": coefficient * pair_loss(y_hat, y)}
+    def losses(self, y_hat: Tensor, y: Tensor, codes: Codes) -> dict[str, Tensor]:
+        losses = super().losses(y_hat, y, codes)
+        if coefficient := self.cfg.aux_loss_coefficient:
+            from_codes = codes.decode(self.W_aux) + self.b_aux
+            losses["auxiliary_loss"] = coefficient * pair_loss(from_codes, y)
+        return losses
 
     def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
         """Fold gate_mean and scale into an ordinary gate; drop the auxiliary decoder."""
-        if self.cfg.recipe == "centred":
-            del state_dict["W_aux"], state_dict["b_aux"]
-            scale = state_dict.pop("log_gate_scale").exp()
-            state_dict["W_enc"] = state_dict["W_enc"] * scale
-            state_dict["b_enc"] = -(state_dict.pop("gate_mean") @ state_dict["W_enc"])
+        del state_dict["W_aux"], state_dict["b_aux"]
+        scale = state_dict.pop("log_gate_scale").exp()
+        state_dict["W_enc"] = state_dict["W_enc"] * scale
+        state_dict["b_enc"] = -(state_dict.pop("gate_mean") @ state_dict["W_enc"])
         super().process_state_dict_for_saving_inference(state_dict)
 
 
 register_sae_class("mxd", MxD, MxDConfig)
-
 register_sae_training_class("mxd", TrainingMxD, TrainingMxDConfig)

@@ -1,20 +1,95 @@
-"""SAELens' TopK SAE on the MxD's kernels: the same step, without [batch, d_sae] tensors."""
+"""SAELens' own SAEs and transcoders, answering as a `Layer` does."""
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from sae_lens.registry import get_sae_training_class
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from sae_lens.saes.topk_sae import TopKTrainingSAE
+from torch import Tensor
 
 from mxd_lens.layers.base import has_hooks
-from mxd_lens.layers.kernels import topk_gate, weighted_row_sum
-from mxd_lens.layers.objective import as_coo
+from mxd_lens.layers.codes import Codes, DenseCodes, SparseCodes
+from mxd_lens.layers.kernels import topk_gate
+from mxd_lens.layers.layer import Layer
+from mxd_lens.layers.mlp import MLPShape
+
+
+class SAELensLayer(Layer):
+    """Any layer of SAELens' that it saves: its activations are what its ``encode`` gives.
+
+    Args:
+        sae: the module.
+    """
+
+    def __init__(self, sae: Any):
+        self._sae = sae
+
+    @property
+    def sae(self) -> Any:
+        return self._sae
+
+    def run_with_codes(
+        self, x: Float[Tensor, "tokens d_in"]
+    ) -> tuple[Float[Tensor, "tokens d_out"], Codes, Float[Tensor, "tokens d_out"]]:
+        names = ["hook_sae_acts_post", self.sparse_hook]
+        y, cache = self.sae.run_with_cache(x, names_filter=names)
+        return y, DenseCodes(cache[names[0]].to_dense()), cache[names[1]]
+
+    def codes(self, x: Float[Tensor, "tokens d_in"]) -> Codes:
+        return DenseCodes(self.sae.encode(x).to_dense())
+
+    def steering_directions(
+        self, units: Int[Tensor, "n"], x: Float[Tensor, "tokens d_in"]
+    ) -> Float[Tensor, "n d_out"]:
+        """Rows of W_dec; of unit norm where the SAE scales activations by it."""
+        rows = super().steering_directions(units, x)
+        if getattr(self.sae.cfg, "rescale_acts_by_decoder_norm", False):
+            return F.normalize(rows, dim=-1)
+        return rows
+
+
+class SAELensTranscoder(SAELensLayer):
+    """One of SAELens' transcoders. It trains none: such a layer was trained elsewhere, or saved
+    by a training class of this package."""
+
+    label: ClassVar[str] = "transcoder"
+
+
+class OutputSAE(SAELensLayer):
+    """An SAE of the MLP's output."""
+
+    label: ClassVar[str] = "SAE of the MLP's output"
+    default_lr: ClassVar[float] = 3e-3
+    reads_input: ClassVar[bool] = False
+    architecture: ClassVar[str]
+
+    @classmethod
+    def training_class(cls) -> Any:
+        return get_sae_training_class(cls.architecture)[0]
+
+    @classmethod
+    def width_for(cls, n_parameters: int, mlp: MLPShape) -> int:
+        return round(n_parameters / (2 * mlp.d_out))
+
+
+class TopKSAELayer(OutputSAE):
+    """SAELens' TopK SAE, which trains on the kernels of this package."""
+
+    @classmethod
+    def training_class(cls) -> Any:
+        return SparseTopKTrainingSAE
 
 
 class SparseTopKTrainingSAE(TopKTrainingSAE):
-    """`TopKTrainingSAE`, whose configuration, weights and losses it has.
+    """`TopKTrainingSAE`, whose configuration, weights and losses it has, without [batch, d_sae]
+    tensors.
 
     It takes SAELens' own dense step where that is needed: as long as there are dead units, for
-    the auxiliary loss reads all their pre-activations, and where somebody hooks the coefficients.
+    the auxiliary loss reads all their pre-activations, and while the activations are hooked.
     """
 
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
@@ -28,15 +103,34 @@ class SparseTopKTrainingSAE(TopKTrainingSAE):
             norm = W_dec.norm(dim=-1)
             W_enc, b_enc, W_dec = W_enc * norm, b_enc * norm, W_dec / norm[:, None]
         sae_in = self.process_sae_in(step_input.sae_in)
-        values, indices = topk_gate(sae_in, W_enc, b_enc, self.cfg.k)
-        recons = self.hook_sae_recons(weighted_row_sum(values, indices, W_dec) + self.b_dec)
+        codes = SparseCodes(*topk_gate(sae_in, W_enc, b_enc, self.cfg.k), self.cfg.d_sae)
+        recons = self.hook_sae_recons(codes.decode(W_dec) + self.b_dec)
         sae_out = self.reshape_fn_out(self.run_time_activation_norm_fn_out(recons), self.d_head)
         loss = self.mse_loss_fn(sae_out, step_input.sae_in).sum(dim=-1).mean()
         return TrainStepOutput(
             sae_in=step_input.sae_in,
             sae_out=sae_out,
-            feature_acts=as_coo(values.detach(), indices, self.cfg.d_sae),
-            hidden_pre=values,
+            feature_acts=codes.coo(),
+            hidden_pre=codes.values,
             loss=loss,
             losses={"mse_loss": loss, "auxiliary_reconstruction_loss": loss.new_tensor(0.0)},
         )
+
+
+def _output_sae(architecture: str) -> type[SAELensLayer]:
+    named = {"architecture": architecture, "label": f"{OutputSAE.label} ({architecture})"}
+    return type("OutputSAE", (OutputSAE,), named)  # type: ignore[return-value]
+
+
+KNOWN: dict[str, type[SAELensLayer]] = {
+    "topk": TopKSAELayer,
+    **{
+        name: _output_sae(name)
+        for name in ("batchtopk", "gated", "jumprelu", "matryoshka_batchtopk", "standard")
+    },
+    **dict.fromkeys(
+        ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder"),
+        SAELensTranscoder,
+    ),
+}
+"""By SAELens' names."""

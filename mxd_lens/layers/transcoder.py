@@ -1,11 +1,11 @@
-"""TopK transcoders, the MxD's baselines: SAELens' (skip) transcoders with a top-k gate.
+"""TopK transcoders, the MxD's baselines.
 
     a = topk_k(relu(x W_enc + b_enc))               [.., d_sae]
     y = a W_dec + b_dec                             [.., d_out]    transcoder
     y = a W_dec + b_dec + x W_skip^T                [.., d_out]    skip transcoder
 
-Their gate runs on the MxD's kernels. Initialisation, norms and loss are those of the baselines in
-the MxD paper's reference code (Oldfield et al. 2025, arXiv 2505.21364).
+Names and shapes are those of SAELens' transcoders. Initialisation, norms and loss are those of the
+baselines in the MxD paper's reference code (Oldfield et al. 2025, arXiv 2505.21364).
 """
 
 from __future__ import annotations
@@ -15,63 +15,47 @@ from typing import Any, ClassVar
 
 import torch
 from sae_lens.registry import register_sae_class, register_sae_training_class
-from sae_lens.saes.sae import TrainingSAEConfig
-from sae_lens.saes.transcoder import (
-    SkipTranscoder,
-    SkipTranscoderConfig,
-    Transcoder,
-    TranscoderConfig,
-)
 from torch import Tensor, nn
 
-from mxd_lens.layers.base import TopKLayer, TrainingTopKLayer, check_topk
+from mxd_lens.layers.base import (
+    PairConfig,
+    SparseLayer,
+    TrainingPairConfig,
+    TrainingSparseLayer,
+)
+from mxd_lens.layers.codes import Codes
+from mxd_lens.layers.mlp import MLPShape
 
 
-@dataclass
-class TopKTranscoderConfig(TranscoderConfig):
-    """Shape of a TopK transcoder.
+@dataclass(kw_only=True)
+class TopKTranscoderConfig(PairConfig):
+    """Shape of a TopK transcoder: `PairConfig`'s fields and k.
 
     Args:
-        d_out: width of the output (``d_in``, ``d_sae`` and the rest as in `SAEConfig`).
         k: units active per token, 1 <= k <= d_sae.
-
-    Raises:
-        ValueError: k out of range, or an SAE option a transcoder cannot honour.
     """
 
     k: int = 32
-    apply_b_dec_to_input: bool = False
 
     @classmethod
     def architecture(cls) -> str:
         return "topk_transcoder"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_topk(self, "units")
 
-
-@dataclass
-class TopKSkipTranscoderConfig(TopKTranscoderConfig, SkipTranscoderConfig):
-    """As `TopKTranscoderConfig`, for a `TopKSkipTranscoder`."""
-
-    @classmethod
-    def architecture(cls) -> str:
-        return "topk_skip_transcoder"
-
-
-class TopKTranscoder(TopKLayer, Transcoder):
+class TopKTranscoder(SparseLayer):
     """A TopK transcoder for inference: an MLP to TransformerLens, an SAE to SAELens.
 
     Parameters (``cfg.dtype``): W_enc [d_in, d_sae], b_enc [d_sae], W_dec [d_sae, d_out],
     b_dec [d_out].
 
     Hook points, in the order they fire: ``hook_in`` (``hook_sae_input``), ``hook_sae_acts_pre``
-    and ``hook_sae_acts_post`` [.., d_sae], ``hook_sae_recons`` (``a W_dec + b_dec``),
-    ``hook_sae_output`` and ``hook_out`` [.., d_out].
+    [.., d_sae], ``hook_codes`` (a `SparseCodes`), ``hook_sae_acts_post`` [.., d_sae],
+    ``hook_sae_recons`` (``a W_dec + b_dec``), ``hook_sae_output`` and ``hook_out`` [.., d_out].
     """
 
     cfg: TopKTranscoderConfig
+    label: ClassVar[str] = "transcoder"
+    default_lr: ClassVar[float] = 3e-2
     decode_reads_input: ClassVar[bool] = False
 
     @torch.no_grad()
@@ -79,16 +63,21 @@ class TopKTranscoder(TopKLayer, Transcoder):
         super().initialize_weights()
         self.b_dec = nn.Parameter(self._zeros(self.cfg.d_out))
 
-    def _combine(self, x: Any, decoded: Tensor) -> Tensor:
+    def combine(self, x: Any, codes: Codes) -> Tensor:
+        decoded = codes.decode(self.W_dec, unit_norm=self.unit_norm_decoder)
         return self.hook_sae_recons(decoded + self.b_dec)
 
+
+@dataclass(kw_only=True)
+class TopKSkipTranscoderConfig(TopKTranscoderConfig):
+    """As `TopKTranscoderConfig`, for a `TopKSkipTranscoder`."""
+
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any]) -> Any:
-        # Not Transcoder's, which makes a TranscoderConfig and loses k.
-        return super(Transcoder, cls).from_dict(config_dict)
+    def architecture(cls) -> str:
+        return "topk_skip_transcoder"
 
 
-class TopKSkipTranscoder(TopKTranscoder, SkipTranscoder):
+class TopKSkipTranscoder(TopKTranscoder):
     """A TopK transcoder beside a linear map of its input, ``W_skip`` [d_out, d_in].
 
     Parameters and hook points are `TopKTranscoder`'s; the skip term comes after
@@ -96,45 +85,36 @@ class TopKSkipTranscoder(TopKTranscoder, SkipTranscoder):
     """
 
     cfg: TopKSkipTranscoderConfig
+    label: ClassVar[str] = "skip transcoder"
+    default_lr: ClassVar[float] = 1e-2
     decode_reads_input: ClassVar[bool] = True
+    W_skip: nn.Parameter
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
         super().initialize_weights()
         self.W_dec.zero_()
+        self.W_skip = nn.Parameter(self._zeros(self.cfg.d_out, self.cfg.d_in))
 
-    def _combine(self, x: Tensor, decoded: Tensor) -> Tensor:
-        return super()._combine(x, decoded) + x @ self.W_skip.T
+    def combine(self, x: Tensor, codes: Codes) -> Tensor:
+        return super().combine(x, codes) + x @ self.W_skip.T
+
+    @classmethod
+    def width_for(cls, n_parameters: int, mlp: MLPShape) -> int:
+        return super().width_for(n_parameters - mlp.d_in * mlp.d_out, mlp)
 
 
 @dataclass(kw_only=True)
-class TrainingTopKTranscoderConfig(TrainingSAEConfig):
+class TrainingTopKTranscoderConfig(TopKTranscoderConfig, TrainingPairConfig):
     """`TopKTranscoderConfig`'s fields; the recipe has none."""
 
-    d_out: int
-    k: int = 32
-    apply_b_dec_to_input: bool = False
-    decoder_init_norm: float | None = None
-
-    @classmethod
-    def architecture(cls) -> str:
-        return "topk_transcoder"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_topk(self, "units")
-
 
 @dataclass(kw_only=True)
-class TrainingTopKSkipTranscoderConfig(TrainingTopKTranscoderConfig):
+class TrainingTopKSkipTranscoderConfig(TopKSkipTranscoderConfig, TrainingPairConfig):
     """As `TrainingTopKTranscoderConfig`, for a `TrainingTopKSkipTranscoder`."""
 
-    @classmethod
-    def architecture(cls) -> str:
-        return "topk_skip_transcoder"
 
-
-class TrainingTopKTranscoder(TopKTranscoder, TrainingTopKLayer):
+class TrainingTopKTranscoder(TopKTranscoder, TrainingSparseLayer):
     """The TopK transcoder as `SAETrainer` trains it, on batches ``cat([mlp_in, mlp_out], -1)``.
 
     Rows of W_dec are kept at unit norm.
@@ -143,20 +123,16 @@ class TrainingTopKTranscoder(TopKTranscoder, TrainingTopKLayer):
     cfg: TrainingTopKTranscoderConfig  # type: ignore[assignment]
 
 
-class TrainingTopKSkipTranscoder(TopKSkipTranscoder, TrainingTopKTranscoder):
+class TrainingTopKSkipTranscoder(TopKSkipTranscoder, TrainingSparseLayer):
     """The TopK skip transcoder, likewise. Rows of W_dec, which start at zero, have any norm."""
 
     cfg: TrainingTopKSkipTranscoderConfig  # type: ignore[assignment]
-
-    unit_norm_decoder = False
+    unit_norm_decoder: ClassVar[bool] = False
 
 
 register_sae_class("topk_transcoder", TopKTranscoder, TopKTranscoderConfig)
-
 register_sae_class("topk_skip_transcoder", TopKSkipTranscoder, TopKSkipTranscoderConfig)
-
 register_sae_training_class("topk_transcoder", TrainingTopKTranscoder, TrainingTopKTranscoderConfig)
-
 register_sae_training_class(
     "topk_skip_transcoder", TrainingTopKSkipTranscoder, TrainingTopKSkipTranscoderConfig
 )

@@ -1,0 +1,102 @@
+"""What every layer answers for itself, so that an architecture is one file.
+
+Training, analyses, tables and pages ask these questions and no others; nothing in the package
+asks a layer for its class.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mxd_lens.layers.codes import Codes
+from mxd_lens.layers.mlp import MLPShape, MLPWeights
+
+
+class Layer:
+    """Answers of a layer with W_enc [d_in, d_sae] and W_dec [d_sae, d_out], each unit of which
+    writes its row of W_dec: other layers override.
+
+    Of the class, and true of the inference and the training class alike where both are asked:
+    """
+
+    label: ClassVar[str]
+    """What tables and plots call it."""
+    default_lr: ClassVar[float]
+    """Peak learning rate where the run names none."""
+    has_experts: ClassVar[bool] = True
+    """False for a dense control: no unit is sparsely active, so there is nothing to ablate, probe,
+    inspect or steer."""
+    reads_input: ClassVar[bool] = True
+    """True if it maps the MLP's input to its output, and trains on batches of both; False for an
+    SAE of the output."""
+    sparse_hook: ClassVar[str] = "hook_sae_recons"
+    """Hook point of the sparse term, [.., d_out]."""
+
+    @property
+    def sae(self) -> Any:
+        """The SAELens module."""
+        return self
+
+    @classmethod
+    def training_class(cls) -> Any:
+        """What is trained: called with the training configuration."""
+        return cls
+
+    @classmethod
+    def width_for(cls, n_parameters: int, mlp: MLPShape) -> int:
+        """The d_sae with which the layer has about so many parameters; below 1 if none has."""
+        return round(n_parameters / (mlp.d_in + mlp.d_out))
+
+    def init_from(
+        self, mlp: MLPWeights, x: Float[Tensor, "batch d_in"], y: Float[Tensor, "batch d_out"]
+    ) -> None:
+        """Start training from the original MLP and a sample of its inputs and outputs: here, with
+        the mean output as b_dec."""
+        self.sae.b_dec.data.copy_(y.mean(0))
+
+    def run_with_codes(
+        self, x: Float[Tensor, "tokens d_in"]
+    ) -> tuple[Float[Tensor, "tokens d_out"], Codes, Float[Tensor, "tokens d_out"]]:
+        """Output, codes and sparse term of one forward pass."""
+        y, cache = self.sae.run_with_cache(x, names_filter=["hook_codes", self.sparse_hook])
+        return y, cache["hook_codes"], cache[self.sparse_hook]
+
+    def codes(self, x: Float[Tensor, "tokens d_in"]) -> Codes:
+        """Which units are active on these inputs, and how much."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def steering_directions(
+        self, units: Int[Tensor, "n"], x: Float[Tensor, "tokens d_in"]
+    ) -> Float[Tensor, "n d_out"]:
+        """What each unit writes to the output per unit of activation.
+
+        Args:
+            x: a sample of the layer's inputs, for layers where that depends on the token.
+        """
+        return self.sae.W_dec[units].clone()
+
+    @torch.no_grad()
+    def effect_norms(
+        self, units: Int[Tensor, "n"], x: Float[Tensor, "tokens d_in"]
+    ) -> Float[Tensor, "n"]:
+        """Mean norm, over the tokens of x, of what 1 more of a unit's activation changes."""
+        return self.steering_directions(units, x).norm(dim=-1)
+
+    @torch.no_grad()
+    def weight_rows(self, units: Int[Tensor, "n"]) -> Float[Tensor, "n d"]:
+        """A vector for each unit whose cosines are those of the units' linear maps."""
+        return self.sae.W_dec[units].float()
+
+    @torch.no_grad()
+    def ranks(self) -> tuple[Int[np.ndarray, "d_sae"], Float[np.ndarray, "d_sae"]]:
+        """Rank and effective rank, ``(sum s^2)^2 / sum s^4`` of its singular values s, of every
+        unit's linear map; here ``W_enc[:, n] W_dec[n]``, which has rank one."""
+        norm = self.sae.W_enc.norm(dim=0) * self.sae.W_dec.norm(dim=1)
+        zero = (norm == 0).cpu().numpy()
+        return np.where(zero, 0, 1), np.where(zero, 0.0, 1.0)
