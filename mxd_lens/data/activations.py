@@ -24,13 +24,12 @@ from tqdm.auto import tqdm
 from mxd_lens.data.text import Text
 from mxd_lens.fields import ContextSize, Count, check
 from mxd_lens.files import check_same, claim, locked, read_json, remove_unfinished, write_json
-from mxd_lens.models.site import special_tokens
+from mxd_lens.models.site import Hooks, Site
 
 
 def activations_store(
-    model: Any,
+    site: Site,
     dataset: Text,
-    hooks: tuple[str, str],
     *,
     context_size: int,
     batch_size: int,
@@ -49,25 +48,24 @@ def activations_store(
         raise ValueError("there is no document: give more text or hold out fewer")
     # Half of the buffer is served between two shuffles: at least eight batches or LM passes.
     buffer = max(16 * batch_size, 16 * lm_batch_size * context_size // 2)
-    special = special_tokens(model).to(device)
     store = ActivationsStore.from_config_multi_hook(
-        model,
+        site.model,
         dataset=dataset,
-        hook_names=list(hooks),
-        hook_d_ins={hook: int(model.cfg.d_model) for hook in hooks},
+        hook_names=list(site.hooks),
+        hook_d_ins={hook: int(site.model.cfg.d_model) for hook in site.hooks},
         context_size=context_size,
         n_batches_in_buffer=buffer // context_size,
         total_training_tokens=0,
         store_batch_size_prompts=lm_batch_size,
         train_batch_size_tokens=batch_size,
-        exclude_special_tokens=special,
+        exclude_special_tokens=site.special.to(device),
         device=device,
         autocast_lm=autocast_lm,
     )
     sequences = store._iterate_tokenized_sequences()  # beside those that the store hands out
     first = next(sequences, None)
-    if first is not None and all(
-        torch.isin(tokens, special).all() for tokens in chain([first], sequences)
+    if first is not None and not any(
+        site.non_special(tokens).any() for tokens in chain([first], sequences)
     ):
         raise ValueError("the text holds special tokens only: nothing to train or measure on")
     return store
@@ -77,7 +75,7 @@ class NonFiniteActivations(ValueError):
     """The language model produced inf or nan."""
 
 
-def pairs(store: ActivationsStore, hooks: tuple[str, str]) -> Iterator[Float[Tensor, "batch d"]]:
+def pairs(store: ActivationsStore, site: Site) -> Iterator[Float[Tensor, "batch d"]]:
     """``cat([mlp_in, mlp_out], -1)`` batches without end, for a `SAETrainer`.
 
     Raises:
@@ -92,10 +90,10 @@ def pairs(store: ActivationsStore, hooks: tuple[str, str]) -> Iterator[Float[Ten
             if isinstance(error, RuntimeError) and not isinstance(error.__cause__, StopIteration):
                 raise
             raise _too_short(store) from error
-        yield _pair(batch, hooks)
+        yield _pair(batch, site.hooks)
 
 
-def _pair(acts: dict[str, Tensor], hooks: tuple[str, str]) -> Float[Tensor, "tokens d"]:
+def _pair(acts: dict[str, Tensor], hooks: Hooks) -> Float[Tensor, "tokens d"]:
     pair = torch.cat([acts[hook].float() for hook in hooks], dim=-1)
     # Smallest and largest are both nan if one number is.
     if len(pair) and not torch.stack(pair.aminmax()).isfinite().all():
@@ -117,11 +115,11 @@ def _too_short(store: ActivationsStore) -> ValueError:
 def cache_pairs(
     folder: Path,
     store: ActivationsStore,
-    hooks: tuple[str, str],
+    site: Site,
     n_tokens: int,
     source: dict[str, Any],
 ) -> None:
-    """Put the pairs of n_tokens ordinary tokens into a folder, or as many as it lacks.
+    """Cache MLP input and output for n_tokens non-special tokens, resuming if partial.
 
     ``pairs.bin`` holds rows of d_in + d_out numbers of the dtype that ``cfg.json`` names:
     bfloat16 where the language model runs under autocast, which reads no more of them than that.
@@ -146,14 +144,11 @@ def cache_pairs(
         check_same(f"the cache of activations in {folder}", cfg["source"], source)
         _check_sum(folder, cfg)
         if cfg["n_tokens"] < n_tokens:
-            _fill(folder, cfg, store, hooks, n_tokens)
+            _fill(folder, cfg, store, site, n_tokens)
 
 
-def _fill(
-    folder: Path, cfg: dict[str, Any], store: ActivationsStore, hooks: tuple[str, str], n: int
-) -> None:
+def _fill(folder: Path, cfg: dict[str, Any], store: ActivationsStore, site: Site, n: int) -> None:
     dtype = torch.bfloat16 if store.autocast_lm else torch.float32
-    special = special_tokens(store.model).to(store.device)
     with (
         _named(folder / _PAIRS),
         (folder / _PAIRS).open("ab") as file,
@@ -168,8 +163,7 @@ def _fill(
             if i < cfg["n_lm_batches"]:
                 continue
             acts = store.get_multi_hook_activations(tokens)
-            keep = ~torch.isin(tokens, special)
-            pair = _pair({hook: acts[hook][keep] for hook in hooks}, hooks)
+            pair = _pair(site.kept(acts, tokens), site.hooks)
             rows = pair.to(dtype).cpu().view(torch.uint8).numpy().tobytes()
             file.write(rows)
             file.flush()

@@ -1,24 +1,122 @@
-"""Where in a language model an MLP is: the hooks of its input and output, the tokens left out."""
+"""One MLP of one language model: its hooks, its weights, and the tokens that count there."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float, Int
 from sae_lens.saes.sae import SAE
-from sae_lens.util import get_special_token_ids
+from sae_lens.util import (
+    extract_layer_from_tlens_hook_name,
+    extract_stop_at_layer_from_tlens_hook_name,
+    get_special_token_ids,
+)
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from mxd_lens.models.splice import get_mlp
+from mxd_lens.layers.mlp import MLPWeights, read_mlp
+from mxd_lens.models.splice import check_norms, get_mlp
+
+Hooks = tuple[str, str]
 
 
-def mlp_hooks(model: Any, layer: int) -> tuple[str, str]:
-    """The hook names of an MLP's true input and output.
+@dataclass(frozen=True)
+class Site:
+    """Where a layer stands in for an MLP: looked up once, by `at` or `of`, and passed on.
 
-    Raises:
-        ValueError: no such layer, no MLP there, or a model that does not hook them.
+    Args:
+        model: the language model.
+        layer: which of its MLPs, counted from 0.
+        hook_in, hook_out: hook points of what a layer reads and of where its output belongs.
+        special: ids of the tokens that are left out everywhere.
     """
+
+    model: Any
+    layer: int
+    hook_in: str
+    hook_out: str
+    special: Int[Tensor, "n_special"]
+
+    @classmethod
+    def at(cls, model: Any, layer: int) -> Site:
+        """The MLP of a layer.
+
+        Raises:
+            ValueError: no such layer, no MLP there, or a model that does not hook it.
+        """
+        restore_hook_names(model)
+        return cls(model, layer, *_mlp_hooks(model, layer), special_tokens(model))
+
+    @classmethod
+    def of(cls, model: Any, sae: SAE[Any]) -> Site:
+        """Where a trained layer belongs, hook names of both restored.
+
+        Raises:
+            ValueError: its metadata does not say, or the model's weights were processed otherwise
+                than those it was trained on.
+        """
+        check_norms(model, sae.cfg.metadata, "this layer")
+        sae.setup()  # a model that it was attached to has left its own names on the hook points
+        restore_hook_names(model)
+        hooks = hooks_of(sae)
+        layer = extract_layer_from_tlens_hook_name(hooks[0]) or 0
+        return cls(model, layer, *hooks, special_tokens(model))
+
+    @property
+    def hooks(self) -> Hooks:
+        return self.hook_in, self.hook_out
+
+    @cached_property
+    def mlp(self) -> MLPWeights:
+        """The MLP's weights.
+
+        Raises:
+            ValueError: it is neither an MLP nor a GLU, or has an unknown activation.
+        """
+        return read_mlp(get_mlp(self.model, self.layer))
+
+    def non_special(self, tokens: Int[Tensor, "*batch"]) -> Bool[Tensor, "*batch"]:
+        """True at non-special tokens."""
+        return ~torch.isin(tokens, self.special.to(tokens.device))
+
+    def kept(
+        self, acts: Mapping[str, Float[Tensor, "batch pos d"]], tokens: Int[Tensor, "batch pos"]
+    ) -> dict[str, Float[Tensor, "tokens d"]]:
+        """Activations by hook name at the non-special tokens, one text after the other."""
+        kept = self.non_special(tokens)
+        return {hook: acts[hook][kept.to(acts[hook].device)] for hook in dict.fromkeys(acts)}
+
+    def read(
+        self, tokens: Int[Tensor, "batch pos"], hooks: Hooks | tuple[str], *, autocast: bool = False
+    ) -> dict[str, Float[Tensor, "tokens d"]]:
+        """One pass of the model, no further than the last of these hooks, see `kept`.
+
+        Args:
+            autocast: run the model in bfloat16 where that is safe.
+
+        Raises:
+            ValueError: the model has no such hook.
+        """
+        stops = [extract_stop_at_layer_from_tlens_hook_name(hook) for hook in hooks]
+        device = torch.device(self.model.cfg.device)
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            _, cache = self.model.run_with_cache(
+                tokens.to(device),
+                names_filter=list(hooks),
+                stop_at_layer=None if None in stops else max(filter(None, stops)),
+                prepend_bos=False,
+            )
+        if missing := [hook for hook in hooks if hook not in cache]:
+            raise ValueError(f"the model has no hook {missing[0]!r}")
+        return self.kept({hook: cache[hook] for hook in hooks}, tokens)
+
+
+def _mlp_hooks(model: Any, layer: int) -> Hooks:
+    """The hook names of an MLP's true input and output."""
     get_mlp(model, layer)
     hook_in = f"blocks.{layer}.mlp.hook_in"
     if isinstance(model, TransformerBridge):
@@ -49,12 +147,9 @@ def restore_hook_names(model: Any) -> None:
                 hook.name = name
 
 
-def special_tokens(model: Any) -> Tensor:
+def special_tokens(model: Any) -> Int[Tensor, "n_special"]:
     """Ids of BOS, EOS, padding and their like: the tokens left out everywhere."""
     return torch.tensor(sorted(get_special_token_ids(model.tokenizer)), dtype=torch.long)
-
-
-Hooks = tuple[str, str]
 
 
 def hooks_of(sae: SAE[Any]) -> Hooks:
