@@ -1,14 +1,13 @@
 """Sparse probing: does a single feature, or a handful, tell what a text is about?
 
-The same for every layer that has SAELens' ``encode`` (MxDs, transcoders, SAEs), and for the raw
-neurons of the MLP they read, the baseline. A text's features are their means over its tokens
-without the special ones. For each class against the rest, features are ranked on the training
-texts by the absolute difference of the class means, in standard deviations of the feature, and a
-logistic regression reads the first few (Gurnee et al. 2023, arXiv 2305.01610; Oldfield et al.
-2025, arXiv 2505.21364)::
+The same for the units of every layer, and for the raw neurons of the MLP they stand in for, the
+baseline. A text's features are their means over its non-special tokens. For each class against
+the rest, features are ranked on the training texts by the absolute difference of the class means,
+in standard deviations of the feature, and a logistic regression reads the first few (Gurnee et al.
+2023, arXiv 2305.01610; Oldfield et al. 2025, arXiv 2505.21364)::
 
     data = load_labelled("demo:bbc")
-    activations = text_activations(model, data["text"], [sae.cfg.metadata.hook_name])
+    activations = text_activations(Site.of(model, sae), data["text"])
     rows = probe(pool_layer(sae, activations), data["label"])
     summarise(rows)
 """
@@ -16,81 +15,82 @@ logistic regression reads the first few (Gurnee et al. 2023, arXiv 2305.01610; O
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from sae_lens import SAE
+from scipy import sparse
 from sklearn.dummy import DummyClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, roc_auc_score
 from sklearn.model_selection import train_test_split
+from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from mxd_lens.data.reading import TextActivations
 from mxd_lens.fields import EachOnce, Index, check
+from mxd_lens.layers import layer_of
 from mxd_lens.layers.mxd import MxD
+from mxd_lens.models.site import Site, hooks_of
 from mxd_lens.models.splice import get_mlp
 
 SCORES = ("accuracy", "balanced_accuracy", "f1", "roc_auc")
 
-Features = Float[np.ndarray, "texts d"]
+Features: TypeAlias = Any
+"""[texts, d]: an array, or a sparse one (`scipy.sparse.csr_array`)."""
 
 
 @torch.no_grad()
-def pool(
-    encode: Callable[[Float[Tensor, "tokens d_in"]], Float[Tensor, "tokens d"]],
-    activations: TextActivations,
-    hook: str,
-    *,
-    device: str | torch.device = "cpu",
-) -> Features:
-    """Mean features of each text; those of 512 tokens at a time are written out.
+def pool_layer(sae: SAE[Any], activations: TextActivations) -> Features:
+    """Mean activation of each unit of a layer in each text; sparse.
 
     Raises:
-        ValueError: the activations are not those at this hook.
+        ValueError: its metadata name no hook, or another than those of the activations, or it has
+            no units to probe.
     """
+    layer = layer_of(sae)
+    if not layer.has_experts:
+        raise ValueError(f"a {layer.label} has no sparse units to probe")
+    parts = []
+    for of_tokens, of_text in _chunks(activations, hooks_of(sae)[0]):
+        token, unit, value = layer.codes(of_tokens.to(sae.device)).firings()
+        found = (of_text[token.cpu()].int(), unit.cpu().int(), value.cpu().float())
+        parts.append([part.numpy() for part in found])
+    text, unit, value = map(np.concatenate, zip(*parts, strict=True))
+    shape = (activations.n_texts, sae.cfg.d_sae)
+    sums = sparse.csr_array((value, (text, unit)), shape=shape)  # those of one place are added
+    counts = activations.text.bincount().numpy()
+    sums.data /= counts[np.repeat(np.arange(len(counts)), np.diff(sums.indptr))]
+    return sums
+
+
+@torch.no_grad()
+def pool_neurons(site: Site, activations: TextActivations) -> Float[np.ndarray, "texts d_hidden"]:
+    """Mean hidden units of the model's own MLP in each text, computed from its input.
+
+    Raises:
+        ValueError: the MLP is none that `MxD.from_mlp` reads.
+    """
+    mlp = MxD.from_mlp(get_mlp(site.model, site.layer))
+    sums = torch.zeros(activations.n_texts, mlp.cfg.d_hidden, device=mlp.device)
+    for of_tokens, of_text in _chunks(activations, site.hook_in):
+        neurons = mlp.hidden(of_tokens.to(mlp.device, mlp.dtype)).float()
+        sums.index_add_(0, of_text.to(mlp.device), neurons)
+    return sums.cpu().div_(activations.text.bincount()[:, None]).numpy()
+
+
+def _chunks(activations: TextActivations, hook: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """Activations of 512 tokens at a time, and of which texts these are."""
     if hook not in activations.at:
         raise ValueError(f"activations of {', '.join(activations.at)}, none of {hook}")
-    sums: Tensor | None = None
     x, text = activations.at[hook], activations.text
     chunks = zip(x.split(512), text.split(512), strict=True)
-    for of_tokens, of_text in tqdm(chunks, desc="Encoding", total=-(-len(text) // 512)):
-        features = encode(of_tokens.to(device)).float()
-        if sums is None:
-            sums = features.new_zeros(activations.n_texts, features.shape[-1])
-        sums.index_add_(0, of_text.to(device), features)
-    assert sums is not None
-    return sums.cpu().div_(text.bincount()[:, None]).numpy()
-
-
-def pool_layer(sae: SAE[Any], activations: TextActivations) -> Features:
-    """Mean features of each text of an MxD, a transcoder or an SAE: what its ``encode`` gives.
-
-    Raises:
-        ValueError: its metadata name no hook, or another than those of the activations.
-    """
-    hook = sae.cfg.metadata.hook_name
-    if not hook:
-        raise ValueError("sae.cfg.metadata must say hook_name")
-    return pool(sae.encode, activations, str(hook), device=sae.device)
-
-
-def pool_neurons(model: Any, layer: int, activations: TextActivations, hook: str) -> Features:
-    """Mean hidden units of the model's own MLP in each text, computed from its input at `hook`.
-
-    Raises:
-        ValueError: no such layer, or its MLP is none that `MxD.from_mlp` reads.
-    """
-    mlp = MxD.from_mlp(get_mlp(model, layer))
-    return pool(lambda x: mlp.hidden(x.to(mlp.dtype)), activations, hook, device=mlp.device)
-
-
-# Probes
+    yield from tqdm(chunks, desc="Encoding", total=-(-len(text) // 512))
 
 
 def split_texts(
@@ -148,26 +148,34 @@ def probe(
     n_texts, d = features.shape
     if len(labels) != n_texts:
         raise ValueError(f"{len(labels)} labels for {n_texts} texts")
-    if not np.isfinite(features).all():
+    is_sparse = sparse.issparse(features)
+    if not np.isfinite(features.data if is_sparse else features).all():
         raise ValueError("the features are not finite")
     if (most := max(n or 0 for n in n_features)) > d:
         raise ValueError(f"cannot read {most} features out of {d}")
     train, test = split_texts(labels, test_size, seed)
-    scaler = StandardScaler().fit(features[train])
-    x_train, x_test = (np.asarray(scaler.transform(features[part])) for part in (train, test))
+    x_train, x_test = features[train], features[test]
+    spread = np.asarray(StandardScaler(with_mean=not is_sparse).fit(x_train).scale_)
     rows: list[dict[str, Any]] = []
     jobs = [(name, n) for name in sorted(set(labels)) for n in n_features]
     for name, n in tqdm(jobs, desc="Probing"):
         is_class = np.array([label == name for label in labels])
-        chosen = rank_features(x_train, is_class[train])[:n]
+        chosen = rank_features(x_train, spread, is_class[train])[:n]
+        few = n is not None and is_sparse
+        read, unread = (
+            part[:, chosen].toarray() if few else part[:, chosen] for part in (x_train, x_test)
+        )
         reader: Any = (
             DummyClassifier()
             if n == 0
-            else LogisticRegression(class_weight="balanced", tol=1e-6, max_iter=1000)
+            else make_pipeline(
+                StandardScaler(with_mean=few or not is_sparse),
+                LogisticRegression(class_weight="balanced", tol=1e-6, max_iter=1000),
+            )
         )
-        reader.fit(x_train[:, chosen], is_class[train])
-        guess = reader.predict(x_test[:, chosen])
-        chance = reader.predict_proba(x_test[:, chosen])[:, 1]
+        reader.fit(read, is_class[train])
+        guess = reader.predict(unread)
+        chance = reader.predict_proba(unread)[:, 1]
         truth = is_class[test]
         rows.append(
             {
@@ -187,10 +195,13 @@ def probe(
     return rows
 
 
-def rank_features(features: Features, is_class: Bool[np.ndarray, "texts"]) -> Int[np.ndarray, "d"]:
-    """Features by the absolute difference of their means in and out of the class, largest first."""
+def rank_features(
+    features: Features, spread: Float[np.ndarray, "d"], is_class: Bool[np.ndarray, "texts"]
+) -> Int[np.ndarray, "d"]:
+    """Features by the absolute difference of their means in and out of the class, in units of
+    their spread, largest first."""
     difference = features[is_class].mean(0) - features[~is_class].mean(0)
-    return np.argsort(-np.abs(difference), kind="stable")
+    return np.argsort(-np.abs(difference / spread), kind="stable")
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

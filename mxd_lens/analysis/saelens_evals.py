@@ -106,7 +106,7 @@ class _AtOutput:
         self._acts = acts
 
     def encode(self, y: Float[Tensor, "*batch d_out"]) -> Float[Tensor, "*batch d_sae"]:
-        """The coefficients for the input that belongs to this output, which this uses up.
+        """The activations for the input that belongs to this output, which this uses up.
 
         Raises:
             RuntimeError: the model has not run since the last time, or on another batch shape.
@@ -124,7 +124,7 @@ class _AtOutput:
         """The output that belongs to the last `encode`.
 
         Raises:
-            RuntimeError: these are other coefficients than that one's.
+            RuntimeError: these are other activations than that one's.
         """
         if self._y is None or feature_acts is not self._acts:
             raise RuntimeError("decode takes what the last encode gave, and nothing else")

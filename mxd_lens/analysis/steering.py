@@ -1,16 +1,16 @@
-"""Steering: edit the coefficients of single experts while the language model runs.
+"""Steering: edit the activations of single experts while the language model runs.
 
-And what text it makes the model write: a constant is added to one expert's coefficient, and the
+And what text it makes the model write: a constant is added to one expert's activation, and the
 samples are judged by how coherent they are among each other and how fluent to the original model
 (Oldfield et al. 2025, arXiv 2505.21364)::
 
-    amounts = effect_amounts(sae, experts, 1.0, x, y_norm)
+    amounts = calibrate_strength(sae, experts, 1.0, x, y_norm)
     generate_steered(model, sae, experts, amounts)
     evaluate_steering(model, sae, experts, [0.5, 1, 2], x, y_norm)
 
 What an MxD's expert then writes depends on the token: it scales what the hidden units say there.
-With ``write=contributions(sae, experts, x)`` it writes, on any text, what it does where its gate
-is largest.
+With ``directions=steering_directions(sae, experts, x)`` it writes, on any text, what it does where
+its gate is largest.
 """
 
 from __future__ import annotations
@@ -33,12 +33,10 @@ from transformers import Cache
 
 from mxd_lens.analysis.judge import Judge, Scores
 from mxd_lens.fields import Count, EachOnce, Finite, Index, NotNegative, check
-from mxd_lens.layers.mxd import MxD
+from mxd_lens.layers import layer_of
 from mxd_lens.models.site import hooks_of, special_tokens
 
 Amount = float | Float[Tensor, "n_experts"] | Float[Tensor, "batch n_experts"]
-
-_N_FIRING = 32  # tokens over which what an MxD's expert writes is averaged
 
 _N_UNSTEERED = 16  # sets of unsteered samples, over which their scores are averaged
 
@@ -53,10 +51,10 @@ def steer(
     scale: Amount | None = None,
     clamp: Amount | None = None,
     ablate: bool = False,
-    write: Float[Tensor, "n_experts d_out"] | None = None,
+    directions: Float[Tensor, "n_experts d_out"] | None = None,
     positions: Sequence[int] | None = None,
 ) -> Iterator[None]:
-    """Edit the coefficients of some experts in whatever the model computes within the block::
+    """Edit the activations of some experts in whatever the model computes within the block::
 
         with splice(model, {6: mxd}), steer(model, mxd, [1234], add=5.0):
             model.generate("I think that")
@@ -70,19 +68,19 @@ def steer(
         sae: a layer in place in it, by `splice`, assignment or ``add_sae``, with or without its
             error term.
         experts: which units, each once.
-        add, scale, clamp, ablate: one of these: what is added to a coefficient, what it is
+        add, scale, clamp, ablate: one of these: what is added to a activation, what it is
             multiplied by, what it is set to, or whether it is set to zero. Amounts are one for
             all, [n_experts], or [batch, n_experts]: each row of the batch its own.
-        write: for ``add``: what a coefficient of 1 is to write to the layer's output at every
-            token, such as `contributions`, instead of what it would write there.
+        directions: for ``add``: what an activation of 1 is to write to the layer's output at
+            every token, such as `steering_directions`, instead of what it would write there.
         positions: which tokens of the sequence, padding and what a key-value cache holds counted
             in; all by default. Negative ones count from the end of what the current forward pass
             reads: during cached generation, -1 is the prompt's last token, then each new one.
 
     Raises:
-        ValueError: none or several of the edits, ``write`` with another than ``add``, an expert
-            that does not exist or is there twice, amounts or ``write`` of another shape, or a
-            layer that is not in place in the model.
+        ValueError: none or several of the edits, ``directions`` with another than ``add``,
+            an expert that does not exist or is there twice, amounts or ``directions`` of another
+            shape, or a layer that is not in place in the model.
     """
     edits = {"add": add, "scale": scale, "clamp": clamp, "ablate": 0.0 if ablate else None}
     chosen = {name: amount for name, amount in edits.items() if amount is not None}
@@ -92,10 +90,10 @@ def steer(
         )
     ((edit, amount),) = chosen.items()
     units = _check_experts(sae, experts)
-    if write is not None and (add is None or len(write) != len(units)):
+    if directions is not None and (add is None or len(directions) != len(units)):
         raise ValueError(
-            f"write is one row for each of the {len(units)} experts, and goes with add: got "
-            f"{len(write)} rows, with {edit}"
+            f"directions has one row for each of the {len(units)} experts, and goes with add: got "
+            f"{len(directions)} rows, with {edit}"
         )
     amounts = torch.as_tensor(amount)
     if amounts.ndim > 2 or (amounts.ndim and amounts.shape[-1] != len(units)):
@@ -120,14 +118,16 @@ def steer(
         by = amounts.to(acts)
         by = by[:, None] if by.ndim == 2 else by
         columns: Any = units.to(acts.device)
-        if write is not None:
-            by, columns = by.expand(*by.shape[:-1], len(units)) @ write.to(acts), slice(None)
+        if directions is not None:
+            by, columns = by.expand(*by.shape[:-1], len(units)) @ directions.to(acts), slice(None)
         where: tuple[Any, ...] = (..., columns)
         if positions is not None:
             n = acts.shape[-2]
             here = [n + p if p < 0 else p - n_past for p in positions]
             rows = torch.tensor([p for p in here if 0 <= p < n], dtype=torch.long).to(acts.device)
-            where = (..., rows, columns) if write is not None else (..., rows[:, None], columns)
+            where = (
+                (..., rows, columns) if directions is not None else (..., rows[:, None], columns)
+            )
         acts = acts.clone()
         if edit == "add":
             acts[where] = acts[where] + by
@@ -143,7 +143,7 @@ def steer(
             block = model.blocks[layer]
             handle = block.register_forward_pre_hook(read_n_past, with_kwargs=True)
             hooks.callback(handle.remove)
-        edited = sae.hook_sae_acts_post if write is None else sae.hook_sae_recons
+        edited = sae.hook_sae_acts_post if directions is None else sae.hook_sae_recons
         hooks.callback(edited.register_forward_hook(apply).remove)
         yield
 
@@ -182,60 +182,38 @@ def _n_cached(inputs: Sequence[Any], layer: int) -> int:
     return 0
 
 
-# What steering makes of the text
-
-
-@torch.no_grad()
-def contributions(
+def steering_directions(
     sae: SAE[Any], experts: Sequence[int], x: Float[Tensor, "tokens d_in"]
 ) -> Float[Tensor, "n_experts d_out"]:
-    """What a coefficient of 1 writes to the layer's output, where its gate is largest.
-
-    ``W_dec[n]`` for a transcoder or an SAE. An MxD's expert writes ``W_dec[n] * (z W_shared)``,
-    which depends on the token: its mean over the 32 tokens of x with that expert's largest gate.
+    """Output per unit activation, see `Layer.steering_directions`: rows of W_dec, or, for an MxD,
+    averaged over each expert's 32 strongest tokens.
 
     Args:
-        x: a sample of the layer's inputs, of ordinary tokens.
+        x: a sample of the layer's inputs, of non-special tokens.
 
     Raises:
         ValueError: an expert that does not exist.
     """
     units = _check_experts(sae, experts).to(sae.device)
-    W_dec = sae.W_dec[units]
-    if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
-        return torch.nn.functional.normalize(W_dec, dim=-1)
-    if not isinstance(sae, MxD):
-        return W_dec.clone()
-    x = x.to(W_dec)
-    shared = torch.cat([sae.hidden(part) @ sae.W_shared for part in x.split(1024)])
-    n = min(_N_FIRING, len(x))
-    written = [
-        row * shared[(x @ sae.W_enc[:, part]).topk(n, dim=0).indices].mean(0)
-        for row, part in zip(W_dec.split(256), units.split(256), strict=True)
-    ]
-    return torch.cat(written)
+    return layer_of(sae).steering_directions(units, x)
 
 
-@torch.no_grad()
-def effect_amounts(
+def calibrate_strength(
     sae: SAE[Any],
     experts: Sequence[int],
     strength: float,
     x: Float[Tensor, "tokens d_in"],
     y_norm: float,
     *,
-    write: Float[Tensor, "n_experts d_out"] | None = None,
+    directions: Float[Tensor, "n_experts d_out"] | None = None,
 ) -> Float[Tensor, "n_experts"]:
-    """What to add to each expert's coefficient for an effect of this strength.
-
-    Adding 1 changes the output of an MxD by ``W_dec[n] * (z W_shared)``, which depends on the
-    token, and that of a transcoder or an SAE by ``W_dec[n]``.
+    """What to add to each expert's activation for an effect of this strength.
 
     Args:
         strength: mean norm of the change at the layer's output, over y_norm.
-        x: a sample of the layer's inputs, of ordinary tokens.
+        x: a sample of the layer's inputs, of non-special tokens.
         y_norm: mean norm of the MLP's output.
-        write: what adding 1 changes, where it is to be that, see `steer`.
+        directions: what adding 1 changes, where it is to be that, see `steer`.
 
     Raises:
         ValueError: an expert that does not exist, or has no effect at all, or a strength or norm
@@ -243,15 +221,8 @@ def effect_amounts(
     """
     check(Finite, strength=strength, y_norm=y_norm)
     units = _check_experts(sae, experts).to(sae.device)
-    if write is None and isinstance(sae, MxD):
-        W_dec = sae.W_dec[units]
-        total = W_dec.new_zeros(len(W_dec))
-        for tokens in x.to(W_dec).split(1024):
-            scale = sae.hidden(tokens) @ sae.W_shared  # [tokens, d_out]
-            total += (scale.square() @ W_dec.square().T).sqrt().sum(0)
-        norms = total / len(x)
-    else:
-        norms = (contributions(sae, experts, x) if write is None else write).norm(dim=-1)
+    known = directions is not None
+    norms = directions.norm(dim=-1) if known else layer_of(sae).effect_norms(units, x)
     for expert, norm in zip(experts, norms.tolist(), strict=True):
         if not norm > 0:
             raise ValueError(f"expert {expert} has no effect on the output: its norm is {norm}")
@@ -265,7 +236,7 @@ def generate_steered(
     experts: Sequence[int],
     amounts: Float[Tensor, "n_experts"],
     *,
-    write: Float[Tensor, "n_experts d_out"] | None = None,
+    directions: Float[Tensor, "n_experts d_out"] | None = None,
     prompt: str = "I think that",
     n_samples: int = 1,
     n_tokens: int = 32,
@@ -280,8 +251,8 @@ def generate_steered(
 
     Args:
         model: a HookedSAETransformer or SAETransformerBridge, the layer not in place.
-        amounts: added to the expert's coefficient at every other token of prompt and samples.
-        write: what that writes to the layer's output, see `steer`.
+        amounts: added to the expert's activation at every other token of prompt and samples.
+        directions: what that writes to the layer's output, see `steer`.
         n_samples: samples per expert.
         n_tokens: tokens of a sample.
         temperature: of sampling; 0 takes the best token.
@@ -324,9 +295,9 @@ def generate_steered(
             places, place = of_batch.unique(return_inverse=True)
             add = by.new_zeros(len(of_batch), len(places))
             add[torch.arange(len(of_batch)), place] = by
-            written = None if write is None else write[places.to(write.device)]
+            written = None if directions is None else directions[places.to(directions.device)]
             units = ids[places].tolist()
-            with steer(model, sae, units, add=add, write=written, positions=positions):
+            with steer(model, sae, units, add=add, directions=written, positions=positions):
                 tokens = model.generate(
                     prompted.expand(len(of_batch), -1),
                     max_new_tokens=n_tokens,
@@ -371,7 +342,7 @@ def evaluate_steering(
     x: Float[Tensor, "tokens d_in"],
     y_norm: float,
     *,
-    write: Float[Tensor, "n_experts d_out"] | None = None,
+    directions: Float[Tensor, "n_experts d_out"] | None = None,
     name: str | None = None,
     prompt: str = "I think that",
     n_samples: int = 8,
@@ -386,19 +357,19 @@ def evaluate_steering(
     """Steer each expert at each strength, and judge what the model writes.
 
     Args:
-        model, sae, write, prompt, n_samples, n_tokens, temperature, seed, batch_size: as in
+        model, sae, directions, prompt, n_samples, n_tokens, temperature, seed, batch_size: as in
             `generate_steered`.
-        strengths, x, y_norm: as in `effect_amounts`.
+        strengths, x, y_norm: as in `calibrate_strength`.
         name: the layer's, in the rows; its architecture by default.
         judge: what scores the samples of one expert; a `Judge` by default.
         done: what an earlier call has returned or saved: those rows are kept, not made again.
         save: is handed the result so far whenever a strength is finished.
 
     Returns:
-        ``edit`` (``"coefficient"``, or ``"contribution"`` with ``write``), ``prompt``,
+        ``edit`` (``"activation"``, or ``"direction"`` with ``directions``), ``prompt``,
         ``n_samples``, ``n_tokens``, ``temperature``, ``seed``; ``unsteered``: the
         scores of samples of the original model; ``rows``, one per expert and strength: ``name``,
-        ``expert``, ``strength``, ``amount`` (what was added to the coefficient), the judge's
+        ``expert``, ``strength``, ``amount`` (what was added to the activation), the judge's
         scores, and ``samples``.
 
     Raises:
@@ -416,14 +387,14 @@ def evaluate_steering(
         "temperature": temperature,
         "seed": seed,
     }
-    said = {"edit": "coefficient" if write is None else "contribution", **settings}
+    said = {"edit": "activation" if directions is None else "direction", **settings}
     different = [key for key in said if done and done.get(key) != said[key]]
     if different:
         raise ValueError(f"the rows there are were made with other {', '.join(different)}")
     judge = judge or Judge(model, prompt)
     name = name or sae.cfg.architecture()
     experts = list(experts)
-    unit_amounts = effect_amounts(sae, experts, 1.0, x, y_norm, write=write).cpu()
+    unit_amounts = calibrate_strength(sae, experts, 1.0, x, y_norm, directions=directions).cpu()
 
     def generate(places: list[int], amounts: Tensor) -> list[list[str]]:
         return generate_steered(
@@ -431,7 +402,7 @@ def evaluate_steering(
             sae,
             [experts[i] for i in places],
             amounts,
-            write=None if write is None else write[places],
+            directions=None if directions is None else directions[places],
             **settings,
             batch_size=batch_size,
         )

@@ -19,7 +19,7 @@ from mxd_lens.analysis.experts.corpus import N_TOP, Corpus, Firings
 
 Embed = Callable[[list[str]], Float[Tensor, "texts d"]]
 
-QUANTILES = (0.75, 0.5, 0.25)  # of the coefficient, for weaker contexts
+QUANTILES = (0.75, 0.5, 0.25)  # of the activation, for weaker contexts
 
 N_RANDOM_SETS = 2000
 
@@ -35,7 +35,7 @@ def pick_contexts(
     """For each live expert, firings to show (-1: none left) and the quantile of each column.
 
     First the strongest of each text, from up to 10 texts; then, for each of `QUANTILES`, the
-    firing at this quantile of the expert's coefficient and the next weaker one. None twice.
+    firing at this quantile of the expert's activation and the next weaker one. None twice.
     """
     n_live = len(firings.live)
     key = firings.row.astype(np.int64) * (len(corpus.starts) - 1) + corpus.text[firings.token]
@@ -56,7 +56,7 @@ def pick_contexts(
 
 
 def histograms_of(firings: Firings, n_bins: int = 20) -> Int[np.ndarray, "live n_bins"]:
-    """How often each expert's coefficient is in each of n_bins equal bins from 0 to its maximum."""
+    """How often each expert's activation is in each of n_bins equal bins from 0 to its maximum."""
     largest = firings.value[firings.starts[:-1]]
     share = firings.value / largest[firings.row]
     place = np.minimum((share * n_bins).astype(np.int64), n_bins - 1)

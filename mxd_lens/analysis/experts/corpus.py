@@ -17,7 +17,8 @@ from tqdm.auto import tqdm
 
 from mxd_lens.data.reading import read_texts, tokenize
 from mxd_lens.data.text import Text
-from mxd_lens.models.site import hooks_of, special_tokens
+from mxd_lens.layers import layer_of
+from mxd_lens.models.site import Site
 
 N_TOP = 10  # top contexts of an expert
 
@@ -59,17 +60,17 @@ class Corpus:
 
 
 def read_corpus(
-    model: Any, texts: Sequence[str] | Text, n_tokens: int, context_size: int
+    site: Site, texts: Sequence[str] | Text, n_tokens: int, context_size: int
 ) -> Corpus:
-    """Tokenize the first texts that have n_tokens ordinary tokens in all; each text once.
+    """Tokenize the first texts that have n_tokens non-special tokens in all; each text once.
 
     Raises:
-        ValueError: fewer than 10 different texts have an ordinary token.
+        ValueError: fewer than 10 different texts have a non-special token.
     """
+    model = site.model
     rows: Any = texts
     if isinstance(texts, Dataset | IterableDataset):
         rows = (row["text"] for row in rows)
-    special = special_tokens(model)
     tokens: dict[str, Tensor] = {}
     ordinary: list[Tensor] = []
     n = 0
@@ -80,7 +81,7 @@ def read_corpus(
             if text in tokens:
                 continue
             of_text = tokenize(model, text, context_size)
-            kept = of_text[~torch.isin(of_text, special)]
+            kept = of_text[site.non_special(of_text)]
             if len(kept):
                 tokens[text] = of_text
                 ordinary.append(kept)
@@ -118,7 +119,7 @@ def token_strings(tokenizer: Any, ids: Sequence[int]) -> list[str]:
 
 @dataclass(frozen=True)
 class Firings:
-    """Every time an expert fired: sorted by expert, its largest coefficient first.
+    """Every time an expert fired: sorted by expert, its largest activation first.
 
     16 bytes a firing, and about 50 while they are sorted: with 32 active experts 512 bytes a
     token, 100 MB for 200,000 tokens and 320 MB in between.
@@ -133,7 +134,7 @@ class Firings:
     token: Int[np.ndarray, "firings"]
     """The token of the corpus."""
     value: Float[np.ndarray, "firings"]
-    """The coefficient."""
+    """The activation."""
 
     @property
     def counts(self) -> Int[np.ndarray, "live"]:
@@ -146,7 +147,7 @@ class Firings:
         token: Int[np.ndarray, "firings"],
         value: Float[np.ndarray, "firings"],
     ) -> Firings:
-        """Of firings in any order; equal coefficients in the order of the tokens."""
+        """Of firings in any order; equal activations in the order of the tokens."""
         order = np.lexsort((token, -value, expert))
         counts = np.bincount(expert)
         live = np.flatnonzero(counts)
@@ -158,30 +159,23 @@ class Firings:
 
 @torch.no_grad()
 def read_firings(
-    model: Any, sae: SAE[Any], corpus: Corpus, *, lm_batch_size: int = 32, autocast: bool = False
+    site: Site, sae: SAE[Any], corpus: Corpus, *, lm_batch_size: int = 32, autocast: bool = False
 ) -> Firings:
-    """Run the language model over the corpus, up to the layer, and keep when experts fire.
+    """Run the language model over the corpus, up to the layer, and keep when units fire.
 
     Raises:
-        ValueError: the model has no such hook, or no expert fires.
+        ValueError: the model has no such hook, or no unit fires.
     """
-    hook = hooks_of(sae)[0]
-    parts: list[tuple[np.ndarray, ...]] = []
+    layer, hook = layer_of(sae), site.hook_in
+    parts = []
     for batch, acts in read_texts(
-        model, corpus.tokens, [hook], lm_batch_size=lm_batch_size, autocast=autocast
+        site, corpus.tokens, (hook,), lm_batch_size=lm_batch_size, autocast=autocast
     ):
         tokens = torch.cat([torch.arange(*corpus.starts[i : i + 2]) for i in batch])
         for x, token in zip(acts[hook].split(512), tokens.split(512), strict=True):
-            coefficients = sae.encode(x.to(sae.device))
-            where, expert = (coefficients > 0).nonzero(as_tuple=True)
-            value = coefficients[where, expert].float()
-            parts.append(
-                (
-                    expert.int().cpu().numpy(),
-                    token[where.cpu()].int().numpy(),
-                    value.cpu().numpy(),
-                )
-            )
+            where, expert, value = layer.codes(x.to(sae.device)).firings()
+            found = (expert.cpu().int(), token[where.cpu()].int(), value.cpu().float())
+            parts.append([part.numpy() for part in found])
     expert, token, value = map(np.concatenate, zip(*parts, strict=True))
     if not len(expert):
         raise ValueError(f"no expert fires on these {len(corpus.ids):,} tokens")

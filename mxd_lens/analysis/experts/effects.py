@@ -26,7 +26,7 @@ N_AVERAGED = 256  # experts whose effects are averaged
 def logit_effects(
     model: Any,
     hook_name_out: str,
-    write: Float[Tensor, "live d_out"],
+    directions: Float[Tensor, "live d_out"],
     top: Int[np.ndarray, "live n"],
     firings: Firings,
     corpus: Corpus,
@@ -36,19 +36,19 @@ def logit_effects(
     batch_size: int = 64,
     seed: int = 0,
 ) -> tuple[list[list[list[Any]]], list[list[list[Any]]], list[float]]:
-    """Which tokens each expert makes likelier to come next, and whether it fires on such tokens.
+    """Logit effect of each direction, and its agreement with the expert's top contexts.
 
     Measured: what an expert writes is added to the layer's output at every token of some pieces
     of the corpus, the same for all experts, but for BOS. The change of the next token's logits,
     less its mean over the vocabulary and less what experts change on average, is averaged over
-    the pieces. (Raising coefficients in the experts' own contexts instead says little, of
+    the pieces. (Raising activations in the experts' own contexts instead says little, of
     transcoders' units as of MxDs': there, the next token completes a word or follows from what
     has been said.)
 
     Args:
         hook_name_out: where in the model the layer writes.
-        write: what is added for each expert that fires. What an MxD's expert writes depends on
-            the token: see `mxd_lens.analysis.steering.contributions`.
+        directions: what is added for each expert that fires, see
+            `mxd_lens.analysis.steering.steering_directions`.
         top: firings that are the experts' top contexts; -1: none.
         n: tokens wanted.
         n_pieces: pieces of text, of BOS and `PIECE_SIZE` tokens (fewer, if no text is as long).
@@ -82,8 +82,8 @@ def logit_effects(
         return of_part - of_part.mean(-1, keepdim=True)
 
     n_rows = max(1, batch_size // len(tokens))
-    some = torch.from_numpy(rng.permutation(len(write))[:N_AVERAGED]).to(write.device)
-    of_some = torch.cat([change(part) for part in write[some].split(n_rows)])
+    some = torch.from_numpy(rng.permutation(len(directions))[:N_AVERAGED]).to(directions.device)
+    of_some = torch.cat([change(part) for part in directions[some].split(n_rows)])
     usual, spread = of_some.mean(0), of_some.std(0, correction=0)
     spread = spread.clamp(min=spread.mean())  # no token counts for hardly ever changing
 
@@ -96,8 +96,8 @@ def logit_effects(
     promoted: list[Any] = []
     suppressed: list[Any] = []
     agreement: list[float] = []
-    with tqdm(desc="Effects on logits", total=len(write), unit="expert") as progress:
-        for part in write.split(n_rows):
+    with tqdm(desc="Effects on logits", total=len(directions), unit="expert") as progress:
+        for part in directions.split(n_rows):
             of_part = change(part)
             for found, largest in ((promoted, True), (suppressed, False)):
                 best, ids = (of_part - usual).topk(n, dim=-1, largest=largest)
@@ -106,7 +106,7 @@ def logit_effects(
                 found += [pairs[i : i + n] for i in range(0, len(pairs), n)]
             score = scores(of_part) - usual_scores
             own = score[range(len(part)), range(len(agreement), len(agreement) + len(part))]
-            lower = (score < own[:, None]).sum(1) / max(1, len(write) - 1)
+            lower = (score < own[:, None]).sum(1) / max(1, len(directions) - 1)
             agreement += map(short, lower)
             progress.update(len(part))
     return promoted, suppressed, agreement

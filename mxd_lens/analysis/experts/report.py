@@ -1,6 +1,6 @@
 """What each expert of a layer fires on and what it does, as a report ready for JSON.
 
-The same for every layer that has SAELens' ``encode`` (MxDs, transcoders, SAEs)::
+The same for every layer whose units are sparsely active::
 
     report = inspect_experts(model, sae, load_text("demo:wikipedia"))
 
@@ -33,10 +33,11 @@ from mxd_lens.analysis.experts.contexts import (
 )
 from mxd_lens.analysis.experts.corpus import N_TOP, read_corpus, read_firings
 from mxd_lens.analysis.experts.effects import logit_effects, short
-from mxd_lens.analysis.experts.weights import alike, coactive, ranks
+from mxd_lens.analysis.experts.nearest import coactive, nearest_experts
 from mxd_lens.data.text import Text
 from mxd_lens.fields import Count, check
-from mxd_lens.models.site import hooks_of
+from mxd_lens.layers import layer_of
+from mxd_lens.models.site import Site
 
 
 def inspect_experts(
@@ -47,7 +48,7 @@ def inspect_experts(
     n_tokens: int = 100_000,
     context_size: int = 128,
     lm_batch_size: int = 32,
-    write: Float[Tensor, "d_sae d_out"] | None = None,
+    directions: Float[Tensor, "d_sae d_out"] | None = None,
     autocast: bool = False,
     embed: Embed = embed,
     seed: int = 0,
@@ -58,11 +59,11 @@ def inspect_experts(
         model: the language model, unspliced, that `sae.cfg.metadata` names the hooks of.
         texts: documents, or a data set of them in a column ``text``. Each is read by itself,
             after a BOS token; special tokens and repeated documents are left out.
-        n_tokens: read the first documents that have so many ordinary tokens; all, if fewer.
+        n_tokens: read the first documents that have so many non-special tokens; all, if fewer.
         context_size: tokens of a document that are read, BOS included.
         lm_batch_size: documents per pass of the language model.
-        write: what each expert is to write to the layer's output when its effect on the next
-            token is measured, see `logit_effects`, the slowest part. None: ``promoted``,
+        directions: what is added to the layer's output for each expert when its effect on the
+            next token is measured, see `logit_effects`, the slowest part. None: ``promoted``,
             ``suppressed`` and ``agreement`` stay null.
         autocast: read the documents in bfloat16 where that is safe. Effects never are.
         embed: sentence embeddings, by whose cosines top contexts are compared.
@@ -75,44 +76,48 @@ def inspect_experts(
         of those that a context refers to) and ``experts``, those that fired, by id:
 
         - ``id``, ``name`` (see `name_experts`), ``density`` (share of the tokens it fires on);
-        - of the coefficient where it fires: ``mean``, ``max`` and ``histogram`` (20 equal bins
+        - of the activation where it fires: ``mean``, ``max`` and ``histogram`` (20 equal bins
           from 0 to max);
         - ``contexts``: ``text`` (an index of ``texts``), ``position`` of the firing token in it,
-          ``value`` and ``quantile`` of the coefficient: 1 for the top ones, the strongest
+          ``value`` and ``quantile`` of the activation: 1 for the top ones, the strongest
           firing in each of up to 10 texts, then up to two at each of `QUANTILES`;
         - ``coherence`` (null with fewer than 10 top contexts), ``same_token``, ``meaningful``:
           see `meaning`;
         - ``promoted``, ``suppressed``: token strings and changes of their logit, strongest first,
           and ``agreement`` of these changes with its own contexts: see `logit_effects`;
-        - ``alike``, ``coactive``: ids and cosine or Jaccard index, see there;
-        - ``rank``, ``effective_rank``: see `ranks`; ``sample``: null, for a steered sample.
+        - ``nearest``, ``coactive``: ids and cosine or Jaccard index, see `nearest_experts` and
+          `coactive`;
+        - ``rank``, ``effective_rank``: see `Layer.ranks`; ``sample``: null, for a steered sample.
 
     Raises:
         ValueError: a size below 1, metadata is missing, the model has no such hook, fewer than
-            10 different documents have an ordinary token, or no expert fires.
+            10 different documents have a non-special token, no expert fires, or the layer has
+            none.
     """
     check(Count, n_tokens=n_tokens, context_size=context_size, lm_batch_size=lm_batch_size)
-    hook_name, hook_name_out = hooks_of(sae)
-    sae.setup()  # a model that it was attached to has left its own names on the hook points
-    corpus = read_corpus(model, texts, n_tokens, context_size)
-    firings = read_firings(model, sae, corpus, lm_batch_size=lm_batch_size, autocast=autocast)
+    layer = layer_of(sae)
+    if not layer.has_experts:
+        raise ValueError(f"a {layer.label} has no experts to inspect")
+    site = Site.of(model, sae)
+    corpus = read_corpus(site, texts, n_tokens, context_size)
+    firings = read_firings(site, sae, corpus, lm_batch_size=lm_batch_size, autocast=autocast)
     contexts, quantiles = pick_contexts(firings, corpus)
     top = contexts[:, :N_TOP]
     names = name_experts(top, firings, corpus)
     coherences, same_token, meaningful, rule = meaning(top, firings, corpus, embed, seed)
     promoted = suppressed = agreement = [None] * len(firings.live)
-    if write is not None:
+    if directions is not None:
         promoted, suppressed, agreement = logit_effects(
             model,
-            hook_name_out,
-            write[torch.from_numpy(firings.live).to(write.device)],
+            site.hook_out,
+            directions[torch.from_numpy(firings.live).to(directions.device)],
             top,
             firings,
             corpus,
             seed=seed,
         )
-    near, together = alike(sae, firings.live), coactive(firings, len(corpus.ids))
-    rank, effective_rank = ranks(sae)
+    near, together = nearest_experts(layer, firings.live), coactive(firings, len(corpus.ids))
+    rank, effective_rank = layer.ranks()
     counts = firings.counts
     mean = np.add.reduceat(firings.value, firings.starts[:-1], dtype=np.float64) / counts
     largest = firings.value[firings.starts[:-1]]
@@ -148,7 +153,7 @@ def inspect_experts(
             "promoted": promoted[row],
             "suppressed": suppressed[row],
             "agreement": agreement[row],
-            "alike": [[i, short(score)] for i, score in near[row]],
+            "nearest": [[i, short(score)] for i, score in near[row]],
             "coactive": [[i, short(score)] for i, score in together[row]],
             "rank": int(rank[expert]),
             "effective_rank": short(effective_rank[expert]),
@@ -158,9 +163,9 @@ def inspect_experts(
     ]
     return {
         "model_name": sae.cfg.metadata.model_name,
-        "hook_name": hook_name,
-        "hook_name_out": hook_name_out,
-        "architecture": sae.cfg.architecture(),
+        "hook_name": site.hook_in,
+        "hook_name_out": site.hook_out,
+        "architecture": sae.cfg.metadata.training_architecture or sae.cfg.architecture(),
         "k": getattr(sae.cfg, "k", None),
         "d_sae": sae.cfg.d_sae,
         "dataset": None,
