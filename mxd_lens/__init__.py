@@ -1,8 +1,10 @@
 """Mixtures of Decoders for TransformerLens and SAELens.
 
-Importing this package registers the architectures ``mxd``, ``topk_transcoder`` and
-``topk_skip_transcoder`` with SAELens, so that ``SAE.load_from_disk`` and its trainer know them.
+Importing this package registers its architectures with SAELens, so that ``SAE.load_from_disk``
+and its trainer know them.
 """
+
+from importlib.metadata import version
 
 from mxd_lens import startup
 
@@ -11,9 +13,10 @@ startup.prepare()
 from mxd_lens.analysis.experts.report import inspect_experts
 from mxd_lens.analysis.faithfulness import evaluate
 from mxd_lens.analysis.saelens_evals import at_output, run_evals
-from mxd_lens.analysis.steering import steer
+from mxd_lens.analysis.steering import steer, steering_directions
 from mxd_lens.data.text import load_text, split_documents
-from mxd_lens.layers.matching import matched_d_sae
+from mxd_lens.layers import architectures, width_for
+from mxd_lens.layers.mlp import MLPShape
 from mxd_lens.layers.mxd import MxD, MxDConfig, TrainingMxD, TrainingMxDConfig
 from mxd_lens.layers.transcoder import (
     TopKSkipTranscoder,
@@ -26,16 +29,21 @@ from mxd_lens.layers.transcoder import (
     TrainingTopKTranscoderConfig,
 )
 from mxd_lens.models.load import bfloat16_is_fast, load_model
+from mxd_lens.models.site import Site
 from mxd_lens.models.splice import splice
 from mxd_lens.report.page import write_report
 from mxd_lens.runs.compare import CompareConfig, compare
 from mxd_lens.runs.config import TrainConfig
 from mxd_lens.runs.train import train
 
+__version__ = version("mxd-lens")
+
 __all__ = [
     "CompareConfig",
+    "MLPShape",
     "MxD",
     "MxDConfig",
+    "Site",
     "TopKSkipTranscoder",
     "TopKSkipTranscoderConfig",
     "TopKTranscoder",
@@ -47,6 +55,8 @@ __all__ = [
     "TrainingTopKSkipTranscoderConfig",
     "TrainingTopKTranscoder",
     "TrainingTopKTranscoderConfig",
+    "__version__",
+    "architectures",
     "at_output",
     "bfloat16_is_fast",
     "compare",
@@ -54,11 +64,12 @@ __all__ = [
     "inspect_experts",
     "load_model",
     "load_text",
-    "matched_d_sae",
     "run_evals",
     "splice",
     "split_documents",
     "steer",
+    "steering_directions",
     "train",
+    "width_for",
     "write_report",
 ]

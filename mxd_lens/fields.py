@@ -7,7 +7,7 @@ import operator
 import os
 from collections.abc import Iterable
 from functools import wraps
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 import numpy as np
 import simple_parsing
@@ -77,6 +77,9 @@ EachOnce = Annotated[list[T], Field(strict=False), AfterValidator(_each_once)]
 def config(cls: type[T]) -> type[T]:
     """Make a dataclass, of keyword arguments, that raises one ValueError for all bad fields."""
     made: Any = dataclass(kw_only=True, config=STRICT)(cls)
+    hints = get_type_hints(cls, include_extras=True)
+    # simple_parsing looks names up in the module of the class that has the field, and no further.
+    made.__annotations__ = {name: hints[name] for name in cls.__annotations__}
     check = made.__init__
 
     @wraps(check)

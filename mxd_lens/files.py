@@ -28,10 +28,10 @@ def read_json(path: Path, kind: Any) -> Any:
     """What a file of ours says; None if there is none.
 
     Args:
-        kind: what it holds: a type, such as those above.
+        kind: the type of what it holds.
 
     Raises:
-        ValueError: it does not.
+        ValueError: it holds something else.
     """
     if not path.exists():
         return None
@@ -41,11 +41,10 @@ def read_json(path: Path, kind: Any) -> Any:
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}): {mend}") from error
     try:
-        TypeAdapter(kind).validate_python(value)
+        return TypeAdapter(kind).validate_python(value)
     except ValidationError as error:
         said = sentence(error.errors(include_input=False)[:1])
         raise ValueError(f"{path} is not what mxd-lens writes there ({said}): {mend}") from error
-    return value
 
 
 def write_json(path: Path, value: Any, indent: int | None = 2) -> None:

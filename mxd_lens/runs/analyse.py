@@ -5,11 +5,11 @@ Each takes the folder of one run or of a comparison, and keeps what its files al
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from copy import deepcopy
-from dataclasses import asdict, field
-from functools import partial, wraps
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import field
+from functools import partial
+from itertools import groupby, product
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any, Literal
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from pydantic import Field
-from sae_lens.constants import SAE_CFG_FILENAME, SPARSITY_FILENAME
+from sae_lens.constants import SPARSITY_FILENAME
 from sae_lens.saes.sae import SAE
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -29,28 +29,40 @@ from mxd_lens.analysis.embedding import embed
 from mxd_lens.analysis.experts.report import inspect_experts
 from mxd_lens.analysis.probing import SCORES, Features, pool_layer, pool_neurons, probe, summarise
 from mxd_lens.analysis.steering import (
-    contributions,
-    effect_amounts,
+    calibrate_strength,
     evaluate_steering,
     generate_steered,
+    steering_directions,
 )
 from mxd_lens.data.labelled import DEMO_LABELLED, load_labelled
 from mxd_lens.data.reading import read_heldout
-from mxd_lens.data.text import Text, load_text, read
-from mxd_lens.fields import Count, EachOnce, Finite, Index, Name, NotNegative, PathStr, Seed, config
-from mxd_lens.files import check_same, locked, read_json, write_json
+from mxd_lens.data.text import Text, read
+from mxd_lens.fields import Count, EachOnce, Finite, Index, Name, PathStr, config
+from mxd_lens.files import locked
+from mxd_lens.layers import answers
 from mxd_lens.models.load import load_model
-from mxd_lens.models.site import hooks_of, mlp_hooks
+from mxd_lens.models.site import Site
+from mxd_lens.runs import results
 from mxd_lens.runs.claims import check_sources
-from mxd_lens.runs.compare import check_one_place, finished_runs, mlp_activations
-from mxd_lens.runs.config import TrainConfig, load_dataset, load_documents
+from mxd_lens.runs.compare import mlp_activations
+from mxd_lens.runs.config import (
+    OtherText,
+    Sampling,
+    TextFormat,
+    TrainConfig,
+    field_names,
+    finished_runs,
+)
 from mxd_lens.runs.fingerprint import text_fingerprint
-from mxd_lens.runs.results import ExpertsFile, LayerFile, ProbeFile, SteeringFile, load_layer
+from mxd_lens.runs.results import Parts, ResultsFile, load_layer, read_layer_file
 
 
 @config
 class AnalysisConfig:
-    """Which layers to analyse."""
+    """Put all that is known of a run on one page, with a browser of its experts.
+
+    Example: mxd-lens report runs/demo/mxd-k32-seed0
+    """
 
     run: PathStr = argument(positional=True, metavar="RUN")
     """Output folder of `mxd-lens train`, or of `mxd-lens compare`: all of its layers."""
@@ -64,47 +76,56 @@ class AnalysisConfig:
             ValueError: there are none, or they are of more than one MLP or read it differently.
         """
         runs = finished_runs(Path(self.run))
-        check_one_place(Path(self.run), runs)
-        runs = [run for run in runs if self.k in (None, _layer_file(run).get("k"))]
+        runs = [run for run in runs if self.k in (None, run.identity["k"])]
         if not runs:
             raise ValueError(f"{self.run} holds no finished layer with k={self.k}")
         return runs
 
-
-def _layer_file(run: TrainConfig) -> LayerFile:
-    """A layer's own configuration."""
-    path = run.layer_path / SAE_CFG_FILENAME
-    layer_file = read_json(path, LayerFile)
-    if layer_file is None:
-        raise ValueError(f"there is no {path}: delete that folder and train the layer again")
-    return layer_file
+    def settings(self) -> dict[str, Any]:
+        """What the results depend on."""
+        own = field_names(type(self)) - field_names(AnalysisConfig)
+        return {name: getattr(self, name) for name in sorted(own)}
 
 
-def _alone(analysis: Callable[[Any], list[Path]]) -> Callable[[Any], list[Path]]:
-    """The analysis, as the only process in the folders of its runs, see `locked`."""
+@contextmanager
+def _files(
+    cfg: AnalysisConfig, name: str, kind: type[Any], asked: Callable[[TrainConfig], Parts]
+) -> Iterator[list[tuple[TrainConfig, ResultsFile[Any]]]]:
+    """The results file of every run in question, as the only process in their folders.
 
-    @wraps(analysis)
-    def alone(cfg: AnalysisConfig) -> list[Path]:
-        with ExitStack() as folders:
-            for run in cfg.runs():
-                folders.enter_context(locked(Path(run.output)))
-            return analysis(cfg)
+    Layers without experts are left out, which is said.
 
-    return alone
+    Raises:
+        ValueError: no layer is left, another process is at work, or a file is none of ours or was
+            made otherwise than is asked for.
+    """
+    runs = []
+    for run in cfg.runs():
+        layer = answers(run.architecture)
+        if layer.has_experts:
+            runs.append(run)
+        else:
+            print(f"{run.output} is left out: a {layer.label} has no experts", flush=True)
+    if not runs:
+        raise ValueError(f"{cfg.run} holds no layer with experts")
+    with ExitStack() as folders:
+        for run in runs:
+            folders.enter_context(locked(Path(run.output)))
+        yield [(run, ResultsFile(Path(run.output) / name, kind, asked(run))) for run in runs]
 
 
-def _load_model(run: TrainConfig) -> Any:
-    """The run's language model, see `check_sources`."""
+def _load_site(run: TrainConfig) -> Site:
+    """The MLP of the run's language model, see `check_sources`."""
     model = load_model(run.model, run.model_class, run.device)
     check_sources(run, model)
-    return model
+    return Site.at(model, run.layer)
 
 
 def _documents(run: TrainConfig) -> tuple[Text, Text]:
     """The run's (training, held-out) documents, see `check_sources`."""
-    dataset = load_dataset(run)
+    dataset = run.load()
     check_sources(run, dataset=dataset)
-    return load_documents(run, dataset)
+    return run.documents(dataset)
 
 
 def _of_file(source: str | None) -> dict[str, str]:
@@ -115,217 +136,203 @@ def _of_file(source: str | None) -> dict[str, str]:
 
 
 @config
-class ProbeConfig(AnalysisConfig):
-    """Which layers to probe, and for what."""
+class ProbeConfig(AnalysisConfig, TextFormat):
+    """Tell topics, languages or your own labels by one, two, five or all units of a layer.
+
+    Example: mxd-lens probe runs/demo --data demo:bbc demo:languages
+    """
 
     data: EachOnce[PathStr] = field(default_factory=lambda: list(DEMO_LABELLED))
     """Labelled text: these, a hub data set (name or name:config), or a local file."""
+    label_column: Name = "label"
+    """Column of the data set that holds the class."""
     n_texts: Count = 1200
     """Texts of each, equally many of every class."""
     n_splits: Count = 5
     """Random halves to train and test on, seeded 0, 1, 2, ..."""
-    dataset_split: Name = "train"
-    """Split of a hub data set."""
-    text_column: Name = "text"
-    """Column that holds the text."""
-    label_column: Name = "label"
-    """Column that holds the class."""
 
 
-@_alone
 def run_probe(cfg: ProbeConfig) -> list[Path]:
     """Sparse probes of the layers, beside the MLP's own neurons and a majority guess.
 
     Returns:
-        ``probe.json`` in each run's folder: ``datasets``, by name; ``rows``, as `probe` gives
-        them, and ``summary``, their means over classes and splits, both with ``data``, ``name``,
-        ``k`` and ``run_seed``. Data sets that are there already are kept.
+        ``probe.json`` in each run's folder, a `Probes`. Data sets that are there already are kept.
 
     Raises:
         ValueError: no such layers or labelled text, or probes there that were asked for otherwise.
     """
-    asked = {name: value for name, value in asdict(cfg).items() if name not in ("run", "k", "data")}
-    runs = {Path(run.output) / "probe.json": run for run in cfg.runs()}
-    nothing = {"datasets": {}, "rows": []}
-    reports = {path: read_json(path, ProbeFile) or deepcopy(nothing) for path in runs}
-    for path, report in reports.items():
-        for data in report["datasets"].keys() & set(cfg.data):
-            made = report["datasets"][data]["asked"]
-            check_same(f"{data} in {path}", made, asked | _of_file(data))
-    lacking = {
-        data: [path for path in runs if data not in reports[path]["datasets"]] for data in cfg.data
-    }
-    labelled = {
-        data: load_labelled(
-            data,
-            split=cfg.dataset_split,
-            text_column=cfg.text_column,
-            label_column=cfg.label_column,
-            n_texts=cfg.n_texts,
-        )
-        for data, missing in lacking.items()
-        if missing
-    }
-    model = None
-    for data, texts in labelled.items():
-        missing = lacking[data]
-        some = runs[missing[0]]
-        model = model or _load_model(some)
-        activations = mlp_activations(some, model, texts["text"])
-        probed = partial(_probed, labels=texts["label"], n_splits=cfg.n_splits)
-        print(f"\n{data}: the MLP's neurons", flush=True)
-        neurons = pool_neurons(model, some.layer, activations, mlp_hooks(model, some.layer)[0])
-        nobody = {"data": data, "name": "majority", "k": None, "run_seed": None}
-        baselines = probed(nobody, neurons, n_features=[0])
-        baselines += probed(nobody | {"name": "neurons"}, neurons)
-        for path in missing:
-            run, report = runs[path], reports[path]
-            print(f"\n{data}: {run.name}, k = {run.k}, seed {run.seed}", flush=True)
-            sae = load_layer(run.layer_path, run.device)
-            k = _layer_file(run).get("k")
-            who = {"data": data, "name": run.name, "k": k, "run_seed": run.seed}
-            report["rows"] += baselines + probed(who, pool_layer(sae, activations))
-            report["summary"] = _summary(report["rows"])
-            report["datasets"][data] = {
-                "asked": asked | _of_file(data),
-                "classes": sorted(set(texts["label"])),
-            }
-            write_json(path, report, indent=None)
-    return list(runs)
+    how = {name: value for name, value in cfg.settings().items() if name != "data"}
+    asked: Parts = {data: how | _of_file(data) for data in cfg.data}
+    with _files(cfg, "probe.json", results.Probes, lambda run: asked) as files:
+        missing = {data: [each for each in files if data in each[1].missing] for data in cfg.data}
+        load = {name: value for name, value in how.items() if name in _LABELLED}
+        labelled = {
+            data: load_labelled(data, split=cfg.dataset_split, **load)
+            for data in cfg.data
+            if missing[data]
+        }
+        site = None
+        for data, texts in labelled.items():
+            some = missing[data][0][0]
+            site = site or _load_site(some)
+            activations = mlp_activations(some, site, texts["text"])
+            probed = partial(_probed, data, labels=texts["label"], n_splits=cfg.n_splits)
+            print(f"\n{data}: the MLP's neurons", flush=True)
+            neurons = pool_neurons(site, activations)
+            baselines = probed("majority", None, None, neurons, n_features=[0])
+            baselines += probed("neurons", None, None, neurons)
+            about = results.ProbedData(asked=asked[data], classes=sorted(set(texts["label"])))
+            for run, file in missing[data]:
+                print(f"\n{data}: {run}", flush=True)
+                sae = load_layer(run.layer_path, run.device)
+                features = pool_layer(sae, activations)
+                rows = baselines + probed(run.architecture, run.identity["k"], run.seed, features)
+                before = file.value or results.Probes(datasets={}, rows=[], summary=[])
+                file.save(
+                    results.Probes(
+                        datasets=before.datasets | {data: about},
+                        rows=before.rows + [results.ProbeRow(**row) for row in rows],
+                        summary=before.summary + _means(rows),
+                    )
+                )
+        return [file.path for _, file in files]
 
 
 def _probed(
-    who: dict[str, Any],
+    data: str,
+    architecture: str,
+    k: float | None,
+    run_seed: int | None,
     features: Features,
     labels: Sequence[str],
     n_splits: int,
     n_features: Sequence[int | None] = (1, 2, 5, None),
 ) -> list[dict[str, Any]]:
+    who = dict(zip(_WHO, (data, architecture, k, run_seed), strict=True))
     splits = [probe(features, labels, n_features=n_features, seed=i) for i in range(n_splits)]
     return [who | row for rows in splits for row in rows]
 
 
-def _summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Means over classes and splits, for each data set and layer."""
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[name] for name in _WHO), []).append(row)
+_LABELLED = ("text_column", "label_column", "n_texts")
+_WHO = ("data", "architecture", "k", "run_seed")
+
+
+def _means(rows: list[dict[str, Any]]) -> list[results.ProbeMeans]:
+    """Means over classes and splits, for each layer."""
     return [
-        dict(zip(_WHO, group, strict=True)) | scores
-        for group, of_group in groups.items()
-        for scores in summarise(of_group)
+        results.ProbeMeans(**dict(zip(_WHO, who, strict=True)), **scores)
+        for who, of_layer in groupby(rows, lambda row: tuple(row[name] for name in _WHO))
+        for scores in summarise(list(of_layer))
     ]
-
-
-_WHO = ("data", "name", "k", "run_seed")
 
 
 def probe_table(paths: Sequence[Path]) -> str:
     """Mean scores of the probes, a data set and layer a line, as Markdown."""
-    lines = [["data", "layer", "k", "seed", "features", *SCORES]]
-    lines.append(["---"] * len(lines[0]))
-    summaries = [row for path in paths for row in read_json(path, ProbeFile)["summary"]]
-    for row in sorted(summaries, key=lambda row: row["data"]):
-        n = "all" if row["n_features"] is None else row["n_features"]
-        who = ["" if row[name] is None else f"{row[name]}" for name in _WHO]
-        line = [*who, f"{n}", *(f"{row[score]:.3f}" for score in SCORES)]
-        if line not in lines:  # every file has the baselines
-            lines.append(line)
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    files = [results.read(path, results.Probes) for path in paths]
+    means = [results.plain(row) for file in files if file is not None for row in file.summary]
+    lines = [
+        [
+            *("" if row[name] is None else f"{row[name]}" for name in _WHO),
+            "all" if row["n_features"] is None else f"{row['n_features']}",
+            *(f"{row[score]:.3f}" for score in SCORES),
+        ]
+        for row in sorted(means, key=lambda row: row["data"])
+    ]
+    return _markdown(["data", "layer", "k", "seed", "features", *SCORES], lines)
+
+
+def _markdown(head: list[str], lines: list[list[str]]) -> str:
+    """A table, each line once."""
+    once = dict.fromkeys(map(tuple, [head, ["---"] * len(head), *lines]))
+    return "\n".join(f"| {' | '.join(line)} |" for line in once)
 
 
 @config
-class ExpertsConfig(AnalysisConfig):
-    """Which layers to look into, and on what text."""
+class ExpertsConfig(AnalysisConfig, OtherText, Sampling):
+    """Describe every expert: where it fires, what it promotes, which others are like it.
 
-    dataset: PathStr | None = None
-    """Text to read, named as for train; by default what the layer was trained on."""
-    text_column: Name = "text"
-    """Column of that text."""
+    Example: mxd-lens experts runs/demo/mxd-k32-seed0 --n_tokens 100_000
+    """
+
     n_tokens: Count = 100_000
     """Tokens to read."""
     effect_strength: Finite = 2.0
     """Strength, see `steer`, at which its effect on the next token is measured; 0: not."""
     sample_strength: Finite = 3.0
     """Strength at which each expert is steered for a sample; 0: no samples."""
-    sample_tokens: Count = 20
-    """Tokens of a sample."""
-    prompt: str = "I think that"
-    """What the samples continue."""
 
 
-@_alone
 def run_experts(cfg: ExpertsConfig) -> list[Path]:
     """Describe every live expert of the layers: ``experts.json`` in each run's folder.
 
     Returns:
-        These files. They hold what `inspect_experts` returns, ``dataset``, and how it was
-        ``asked`` for; a file that was asked for in the same way is not made again.
+        These files, each an `Experts`. What there is of a file, its contexts, effects on logits and
+        samples, is kept.
 
     Raises:
         ValueError: no such layers or text, or a file that was asked for otherwise.
     """
-    asked = {name: value for name, value in asdict(cfg).items() if name not in ("run", "k")}
-    asked |= _of_file(cfg.dataset)
-    paths = {}
-    for run in cfg.runs():
-        path = paths[run.output] = Path(run.output) / "experts.json"
-        if path.exists():
-            check_same(path, read_json(path, ExpertsFile).get("asked", {}), asked)
-    model = None
-    for run in cfg.runs():
-        path = paths[run.output]
-        found = read_json(path, ExpertsFile)
-        sampled = not cfg.sample_strength or (
-            found and any(expert["sample"] is not None for expert in found["experts"])
-        )
-        if found and sampled:
-            continue
-        print(f"\n{run.name}, k = {run.k}, seed {run.seed}", flush=True)
-        sae = load_layer(run.layer_path, run.device)
-        model = model or _load_model(run)
-        x, y_norm = layer_sample(model, sae, run)
-        write = contributions(sae, range(sae.cfg.d_sae), x)
-        if not found:
-            if cfg.dataset is None:
-                texts = _documents(run)[0]
-            else:
-                texts = load_text(cfg.dataset, text_column=cfg.text_column)
-            effect = cfg.effect_strength * y_norm * F.normalize(write, dim=-1)
-            found = inspect_experts(
-                model,
-                sae,
-                texts,
-                n_tokens=cfg.n_tokens,
-                context_size=run.context_size,
-                lm_batch_size=run.lm_batch_size,
-                write=effect if cfg.effect_strength else None,
-                autocast=run.autocast,
-                embed=partial(embed, device=run.device),
-            )
-            found |= {"asked": asked, "dataset": cfg.dataset or run.dataset}
-            write_json(path, found, indent=None)
-        if not sampled:
-            experts = [e for e in found["experts"] if write[e["id"]].norm() > 0]
-            ids = [expert["id"] for expert in experts]
-            samples = generate_steered(
-                model,
-                sae,
-                ids,
-                effect_amounts(sae, ids, cfg.sample_strength, x, y_norm, write=write[ids]),
-                write=write[ids],
-                prompt=cfg.prompt,
-                n_tokens=cfg.sample_tokens,
-            )
-            for expert, (sample,) in zip(experts, samples, strict=True):
-                expert["sample"] = cfg.prompt + sample
-            write_json(path, found, indent=None)
-    return list(paths.values())
+    contexts = cfg.settings() | _of_file(cfg.dataset)
+    effects = {"effect_strength": contexts.pop("effect_strength")}
+    samples = {name: contexts.pop(name) for name in ("sample_strength", "prompt", "temperature")}
+    samples["sample_tokens"] = contexts.pop("sample_tokens")
+    asked: Parts = {"contexts": contexts}
+    asked |= {"effects": effects} if cfg.effect_strength else {}
+    asked |= {"samples": samples} if cfg.sample_strength else {}
+    with _files(cfg, "experts.json", results.Experts, lambda run: asked) as files:
+        site = None
+        for run, file in files:
+            if not file.missing:
+                continue
+            print(f"\n{run}", flush=True)
+            sae = load_layer(run.layer_path, run.device)
+            site = site or _load_site(run)
+            made, sampled = {}, {}
+            if file.value is not None:
+                made = file.value.asked
+                sampled = {expert.id: expert.sample for expert in file.value.experts}
+            x, y_norm = layer_sample(site.model, sae, run)
+            directions = steering_directions(sae, range(sae.cfg.d_sae), x)
+            effect = None
+            if "effects" in asked:
+                effect = cfg.effect_strength * y_norm * F.normalize(directions, dim=-1)
+            if {"contexts", "effects"} & {*file.missing}:
+                found = inspect_experts(
+                    site.model,
+                    sae,
+                    _documents(run)[0] if cfg.dataset is None else cfg.load(),
+                    n_tokens=cfg.n_tokens,
+                    context_size=run.context_size,
+                    lm_batch_size=run.lm_batch_size,
+                    directions=effect,
+                    autocast=run.autocast,
+                    embed=partial(embed, device=run.device),
+                    seed=cfg.seed,
+                )
+                for expert in found["experts"]:
+                    expert["sample"] = sampled.get(expert["id"])
+                of_it = {part: asked[part] for part in asked if part != "samples"}
+                found |= {"asked": made | of_it, "dataset": cfg.dataset or run.dataset}
+                file.save(results.Experts(**found))
+            if "samples" in file.missing and file.value is not None:
+                experts = [e for e in file.value.experts if directions[e.id].norm() > 0]
+                ids = [expert.id for expert in experts]
+                of_ids = {"directions": directions[ids]}
+                amounts = calibrate_strength(sae, ids, cfg.sample_strength, x, y_norm, **of_ids)
+                texts = generate_steered(site.model, sae, ids, amounts, **of_ids, **cfg.sampling)
+                for expert, (sample,) in zip(experts, texts, strict=True):
+                    expert.sample = cfg.prompt + sample
+                file.value.asked["samples"] = asked["samples"]
+                file.save(file.value)
+        return [file.path for _, file in files]
 
 
 @config
-class SteerConfig(AnalysisConfig):
-    """Which layers to steer, and how."""
+class SteerConfig(AnalysisConfig, Sampling):
+    """Steer single experts while the model writes; score coherence and fluency.
+
+    Example: mxd-lens steer runs/demo --n_experts 20 --strengths 0.5 1 2
+    """
 
     experts: EachOnce[Index] | None = None
     """Units to steer; by default n_experts random ones that fire on over 1 in 100,000 tokens."""
@@ -335,67 +342,64 @@ class SteerConfig(AnalysisConfig):
     """Norms of the change at the MLP's output, in mean norms of that output."""
     n_samples: Annotated[int, Field(ge=2)] = 8
     """Samples of each unit at each strength."""
-    n_tokens: Count = 24
-    """Tokens of a sample."""
-    temperature: NotNegative = 1.0
-    """Temperature of sampling."""
-    prompt: str = "I think that"
-    """What the samples continue."""
-    seed: Seed = 0
-    """Seed of the choice of units and of the samples."""
-    edit: Literal["contribution", "coefficient"] = "contribution"
-    """What an MxD's expert writes: always what it does where its gate is largest, or what raising
-    its coefficient does at each token. The same for other layers."""
+    edit: Literal["direction", "activation"] = "direction"
+    """What is added for an MxD's expert: always what it writes where its gate is largest, or what
+    raising its activation writes at each token. The same for other layers."""
 
 
-@_alone
 def run_steer(cfg: SteerConfig) -> list[Path]:
     """Steer units of the layers and judge what the model writes: ``steering.json`` in each run.
 
     Returns:
-        These files, as `evaluate_steering` describes them. Rows of earlier calls are kept.
+        These files, each a `Steering`. Rows of earlier calls are kept.
 
     Raises:
         ValueError: no such layers or units, or a file made with other settings.
     """
-    settings = ("edit", "prompt", "n_samples", "n_tokens", "temperature", "seed")
-    asked = {name: getattr(cfg, name) for name in settings}
-    for run in cfg.runs():
-        path = Path(run.output) / "steering.json"
-        if found := read_json(path, SteeringFile):
-            check_same(path, found, asked)
-        d_sae = _layer_file(run)["d_sae"]
+    sampling: dict[str, Any] = cfg.sampling | {"n_samples": cfg.n_samples}
+
+    def asked(run: TrainConfig) -> Parts:
+        d_sae = read_layer_file(run.layer_path)["d_sae"]
         if cfg.experts and max(cfg.experts) >= d_sae:
             raise ValueError(f"experts={cfg.experts}: {run.output} has experts 0 to {d_sae - 1}")
-    model, paths = None, []
-    for run in cfg.runs():
-        print(f"\n{run.name}, k = {run.k}, seed {run.seed}", flush=True)
-        path = Path(run.output) / "steering.json"
-        sae = load_layer(run.layer_path, run.device)
         units = cfg.experts or random_units(run, cfg.n_experts, cfg.seed)
         if not units:
-            raise ValueError(f"no unit of {path.parent} fires often enough: name some experts")
-        model = model or _load_model(run)
-        x, y_norm = layer_sample(model, sae, run)
-        evaluate_steering(
-            model,
-            sae,
-            units,
-            cfg.strengths,
-            x,
-            y_norm,
-            write=contributions(sae, units, x) if cfg.edit == "contribution" else None,
-            name=run.name,
-            prompt=cfg.prompt,
-            n_samples=cfg.n_samples,
-            n_tokens=cfg.n_tokens,
-            temperature=cfg.temperature,
-            seed=cfg.seed,
-            done=read_json(path, SteeringFile),
-            save=partial(write_json, path, indent=None),
-        )
-        paths.append(path)
-    return paths
+            raise ValueError(f"no unit of {run.output} fires often enough: name some experts")
+        rows: Parts = {(unit, strength): {} for strength, unit in product(cfg.strengths, units)}
+        return {"settings": sampling | {"edit": cfg.edit}} | rows
+
+    with _files(cfg, "steering.json", results.Steering, asked) as files:
+        site = None
+        for run, file in files:
+            missing: list[Any] = [part for part in file.missing if part != "settings"]
+            if not missing:
+                continue
+            print(f"\n{run}", flush=True)
+            sae = load_layer(run.layer_path, run.device)
+            site = site or _load_site(run)
+            x, y_norm = layer_sample(site.model, sae, run)
+            for strength, of_strength in groupby(missing, lambda part: part[1]):
+                units = [unit for unit, _ in of_strength]
+                written = cfg.edit == "direction"
+                before = file.value and results.plain(file.value)
+                found = evaluate_steering(
+                    site.model,
+                    sae,
+                    units,
+                    [strength],
+                    x,
+                    y_norm,
+                    directions=steering_directions(sae, units, x) if written else None,
+                    done=before and before | {"rows": []},
+                    name=run.architecture,
+                    **sampling,
+                )
+                rows = [] if before is None else before["rows"]
+                for row in found["rows"]:
+                    rows.append({"architecture": row.pop("name"), **row})
+                found["rows"] = rows
+                file.save(results.Steering(**found))
+        return [file.path for _, file in files]
 
 
 def random_units(run: TrainConfig, n: int, seed: int = 0) -> list[int]:
@@ -414,33 +418,30 @@ def random_units(run: TrainConfig, n: int, seed: int = 0) -> list[int]:
 
 def steering_table(paths: Sequence[Path]) -> str:
     """Median scores over the units, a layer and strength a line, as Markdown."""
-    lines = [["layer", "strength", "units", "coherence", "perplexity"]]
-    lines.append(["---"] * len(lines[0]))
+    lines = []
     for path in paths:
-        report = read_json(path, SteeringFile)
-        name = report["rows"][0]["name"]
-        for strength in sorted({0.0, *(row["strength"] for row in report["rows"])}):
-            rows = [row for row in report["rows"] if row["strength"] == strength]
-            rows = rows or [report["unsteered"]]
+        found = results.plain(results.read(path, results.Steering))
+        name = found["rows"][0]["architecture"]
+        strengths = sorted({row["strength"] for row in found["rows"]})
+        groups = {s: [row for row in found["rows"] if row["strength"] == s] for s in strengths}
+        for strength, rows in ({0.0: [found["unsteered"]]} | groups).items():
             scores = [median(row[score] for row in rows) for score in ("coherence", "perplexity")]
-            n = len(rows) if strength else ""
-            lines.append([name, f"{strength:g}", f"{n}", f"{scores[0]:.3f}", f"{scores[1]:.1f}"])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+            n = f"{len(rows)}" if strength else ""
+            lines.append([name, f"{strength:g}", n, f"{scores[0]:.3f}", f"{scores[1]:.1f}"])
+    return _markdown(["layer", "strength", "units", "coherence", "perplexity"], lines)
 
 
 def layer_sample(
     model: Any, sae: SAE[Any], run: TrainConfig
 ) -> tuple[Float[Tensor, "tokens d_in"], float]:
     """Inputs of a layer at held-out tokens, and the mean norm of the MLP's output there."""
-    hook_in, hook_out = hooks_of(sae)
     heldout = read_heldout(
-        model,
-        mlp_hooks(model, run.layer),
+        Site.of(model, sae),
         _documents(run)[1],
         context_size=run.context_size,
         device=run.device,
         n_tokens=16_384,
         autocast=run.autocast,
     )
-    x, y = (torch.cat([pair[hook] for pair in heldout.pairs]) for hook in (hook_in, hook_out))
+    x, y = (torch.cat([pair[hook] for pair in heldout.pairs]) for hook in heldout.site.hooks)
     return x, y.norm(dim=-1).mean().item()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable
-from dataclasses import field, fields
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
@@ -18,90 +18,84 @@ from sae_lens.constants import RUNNER_CFG_FILENAME
 from sae_lens.saes.sae import SAE
 
 from mxd_lens.analysis.faithfulness import evaluate
-from mxd_lens.analysis.probing import SCORES, pool_layer, probe, summarise
+from mxd_lens.analysis.probing import pool_layer, probe, summarise
 from mxd_lens.data.labelled import load_labelled
 from mxd_lens.data.reading import Heldout, TextActivations, read_heldout, text_activations
-from mxd_lens.data.text import Text, load_text
-from mxd_lens.fields import Count, EachOnce, Index, Name, PathStr, Positive, Seed, config
-from mxd_lens.files import claim, locked, read_json, write_json
-from mxd_lens.layers.matching import LABELS, label
+from mxd_lens.data.text import Text
+from mxd_lens.fields import Count, EachOnce, Index, Name, PathStr, Seed, config
+from mxd_lens.files import claim, locked
+from mxd_lens.layers import layer_of
 from mxd_lens.models.load import load_model
-from mxd_lens.models.site import mlp_hooks
+from mxd_lens.models.site import Site
 from mxd_lens.runs.claims import SOURCES_FILENAME, check_sources, claim_folder
 from mxd_lens.runs.config import (
     COMPARISON_FILENAME,
+    Measuring,
+    OtherText,
     RunConfig,
     TrainConfig,
-    learning_rate,
-    load_dataset,
-    load_documents,
-    read_config,
+    field_names,
+    finished_runs,
+    has_k,
 )
-from mxd_lens.runs.results import ComparedRow, load_layer
+from mxd_lens.runs.results import (
+    Comparison,
+    Parts,
+    ResultsFile,
+    Row,
+    load_layer,
+    plain,
+    read,
+    write,
+)
 from mxd_lens.runs.train import check_layer, fill_activations, train
+
+COMPARED = ["mxd", "mxd_paper", "topk_transcoder", "topk_skip_transcoder", "topk", "dense"]
+"""Architectures of a comparison, in the order of its tables."""
+
+Key = tuple[str, int | None, int]
+"""Architecture, k where it has one, and seed."""
 
 
 @config
-class CompareConfig(RunConfig):
-    """Which layers to train and compare."""
+class CompareConfig(RunConfig, Measuring):
+    """Train several architectures at several k on the same text; draw the frontier.
+
+    Example: mxd-lens compare --layer 6 --k 8 16 32 64 --expansion 16 --autocast true
+    """
 
     model: PathStr = "demo:smollm2"
-    """Hugging Face name or local folder of the language model; demo:smollm2 needs no hub."""
     layer: Index = 6
-    """Which MLP to replace, counted from 0."""
     dataset: PathStr = "demo:wikipedia"
-    """Hub data set (name or name:config), local .txt/.jsonl/.parquet/.csv, or demo:wikipedia."""
     output: PathStr = "runs/compare"
-    """Folder of the comparison. The same command again goes on where it stopped."""
     training_tokens: Count = 1_228_800
-    """Tokens to train each layer on, the same ones for all."""
-    architectures: EachOnce[Name] = field(default_factory=lambda: list(LABELS))
-    """As `train --architecture`; mxd:paper is the paper's recipe."""
+    architectures: EachOnce[Name] = field(default_factory=lambda: list(COMPARED))
+    """As `train --architecture`."""
     k: EachOnce[Count] = field(default_factory=lambda: [8, 16, 32, 64])
-    """Experts or units active per token."""
+    """Active experts or units per token; an architecture without a k is trained once a seed."""
     seeds: EachOnce[Seed] = field(default_factory=lambda: [0])
     """Seeds of the weights and of the batches' order."""
-    lr: Positive | None = None
-    """Peak learning rate of all layers; by default each architecture's best in our search."""
-    n_sequences: Count = 64
-    """Sequences on which cross-entropies are taken."""
     probe: PathStr | None = None
     """Labelled text to probe every layer on, demo:bbc for one."""
-    n_probe_texts: Count = 1200
-    """Texts of it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.runs()  # each run's configuration checks itself
 
-    def runs(self) -> dict[tuple[str, int, int], TrainConfig]:
-        """The training runs, by (architecture as named here, k, seed), in the order they go."""
-        shared = {f.name: getattr(self, f.name) for f in fields(RunConfig)}
-        names: dict[str, str] = {}
-        runs = {}
+    def runs(self) -> dict[Key, TrainConfig]:
+        """The training runs, in the order they go."""
+        shared = {name: getattr(self, name) for name in field_names(RunConfig)}
+        shared["activations"] = str(Path(self.output) / "activations")
+        runs: dict[Key, TrainConfig] = {}
         for seed in self.seeds:
             for k in self.k:
                 for name in self.architectures:
-                    architecture, colon, recipe = name.partition(":")
-                    if colon and architecture != "mxd":
-                        raise ValueError(f"architectures: {name!r}, but only an mxd has recipes")
-                    known: dict[str, Any] = {"recipe": recipe} if colon else {}
-                    run = TrainConfig(
-                        **shared,
-                        architecture=architecture,
-                        **known,
-                        k=k,
-                        seed=seed,
-                        lr=self.lr,
-                        activations=str(Path(self.output) / "activations"),
-                    )
-                    if names.setdefault(run.name, name) != name:
-                        raise ValueError(
-                            f"architectures: {names[run.name]!r} and {name!r} are the same"
-                        )
-                    folder = f"{run.name.replace(':', '-')}-k{k}-seed{seed}"
-                    run.output = str(Path(self.output) / folder)
-                    runs[name, k, seed] = run
+                    own: dict[str, Any] = {"k": k} if has_k(name) else {}
+                    key = name, own.get("k"), seed
+                    folder = "-".join([name, *(f"k{k}" for _ in own), f"seed{seed}"])
+                    own |= {"architecture": name, "output": str(Path(self.output) / folder)}
+                    if key not in runs:
+                        runs[key] = TrainConfig(**(shared | own), seed=seed)
         return runs
 
 
@@ -111,15 +105,14 @@ def compare(
     dataset: Text | None = None,
     *,
     measured: Callable[[Path], None] = lambda results: None,
-) -> list[dict]:
+) -> list[dict[str, Any]]:
     """Train and measure every layer, or those that are missing.
 
     Args:
         measured: is called whenever ``results.json`` has been written anew.
 
     Returns:
-        One row per layer, with `evaluate`'s keys and `name`, `seed`, `lr`, and probing scores
-        where asked for. ``results.json``, written anew as each layer is finished, has
+        One plain `Row` per layer. ``results.json``, written anew as each layer is finished, has
         these and what else earlier comparisons have left in the folder.
 
     Raises:
@@ -129,48 +122,44 @@ def compare(
     with locked(folder):
         claim_comparison(cfg, write=False)
         runs = cfg.runs()
-        finished = {key: _finished_row(run, cfg) for key, run in runs.items()}
-        all_rows(folder)
-        if all(finished.values()):
+        asked: Parts = {"measurements": {}} | ({cfg.probe: {}} if cfg.probe else {})
+        files = {k: ResultsFile(_results(run.output), Row, asked) for k, run in runs.items()}
+        for key, run in runs.items():
+            if files[key].value is not None:
+                claim_folder(run)
+        _all_rows(folder)
+        if not any(file.missing for file in files.values()):
             if dataset is None and Path(cfg.dataset).is_file():
-                dataset = load_dataset(cfg)
+                dataset = cfg.load()
             check_sources(cfg, model, dataset)
         else:
-            dataset = load_dataset(cfg) if dataset is None else dataset
-            documents = load_documents(cfg, dataset)[1]
-            texts = load_labelled(cfg.probe, n_texts=cfg.n_probe_texts) if cfg.probe else None
+            dataset = cfg.load() if dataset is None else dataset
+            documents = cfg.documents(dataset)[1]
+            labelled = load_labelled(cfg.probe) if cfg.probe else None
             model = model or load_model(cfg.model, cfg.model_class, cfg.device)
+            site = Site.at(model, cfg.layer)
             for run in runs.values():
                 claim_folder(run, write=False)
-                check_layer(run, model)
+                check_layer(run, site)
             claim_comparison(cfg)
             check_sources(cfg, model, dataset)
-            heldout = _heldout(cfg, model, documents, cfg.n_sequences)
-            fill_activations(cfg, folder / "activations", model, dataset)
-            labelled = None
-            if texts is not None:
-                labelled = mlp_activations(cfg, model, texts["text"]), texts["label"]
+            heldout = _heldout(cfg, site, documents, cfg.n_sequences)
+            fill_activations(cfg, folder / "activations", site, dataset)
+            activations = mlp_activations(cfg, site, labelled["text"]) if labelled else None
             for n, (key, run) in enumerate(runs.items(), 1):
-                if finished[key]:
+                if not files[key].missing:
                     continue
-                print(
-                    f"\n[{n}/{len(runs)}] {label(key[0])}, k = {key[1]}, seed {key[2]}",
-                    flush=True,
-                )
+                print(f"\n[{n}/{len(runs)}] {run}", flush=True)
                 with locked(Path(run.output)):
                     sae = train(run, model, dataset)
-                    row = measure(model, sae, run, heldout)
-                    row |= {"dataset": f"{cfg.dataset} (held out)"}
-                    if labelled is not None:
-                        row |= {"probe": cfg.probe, "n_probe_texts": cfg.n_probe_texts}
-                        row |= probe_scores(sae, *labelled)
-                    write_json(_results(run), row)
-                finished[key] = row
-                measured(write_results(folder, all_rows(folder)))
-        measured(
-            write_results(folder, all_rows(folder))
-        )  # a kill may have come before the last one
-        return [row for row in finished.values() if row]
+                    row = measure(sae, run, heldout, f"{cfg.dataset} (held out)")
+                    if labelled and activations and layer_of(sae).has_experts:
+                        row |= probe_scores(sae, activations, labelled["label"])
+                    row |= {"probe": cfg.probe} if cfg.probe else {}
+                    files[key].save(Row(**row), indent=2)
+                measured(write_rows(folder, _all_rows(folder)))
+        measured(write_rows(folder, _all_rows(folder)))  # a kill may have come before the last one
+        return [plain(file.value) for file in files.values()]
 
 
 def claim_comparison(cfg: CompareConfig, *, write: bool = True) -> None:
@@ -182,58 +171,38 @@ def claim_comparison(cfg: CompareConfig, *, write: bool = True) -> None:
     Raises:
         ValueError: it is another, or the folder holds something else.
     """
-    shared = [f.name for f in fields(RunConfig)] + ["n_sequences"]
-    elsewhere = ("output", "device", "n_checkpoints")
-    settings = {name: getattr(cfg, name) for name in shared if name not in elsewhere}
+    shared = (field_names(RunConfig) | {"n_sequences"}) - {"output", "device"}
+    settings = {name: getattr(cfg, name) for name in sorted(shared)}
     writes = (RUNNER_CFG_FILENAME, "activations", "results.json", "results.html", SOURCES_FILENAME)
     claim(Path(cfg.output), COMPARISON_FILENAME, settings, writes, write=write)
 
 
-def measure(model: Any, sae: SAE[Any], run: TrainConfig, heldout: Heldout) -> dict[str, Any]:
-    """One row: what was trained and how it does on the held-out text."""
-    row, _ = evaluate(model, sae, heldout, autocast=run.autocast)
-    return {**identity(run), **row}
+def measure(sae: SAE[Any], run: TrainConfig, heldout: Heldout, dataset: str) -> dict[str, Any]:
+    """A plain row: what was trained and how it does on the held-out text."""
+    row, _ = evaluate(heldout.site.model, sae, heldout, autocast=run.autocast)
+    return {**row, **run.identity, "dataset": dataset}
 
 
-def identity(run: TrainConfig) -> dict[str, Any]:
-    """What tells a run from the others of a comparison, beside its layer's own settings."""
-    return {"name": run.name, "seed": run.seed, "lr": learning_rate(run)}
+def _results(folder: str | Path) -> Path:
+    return Path(folder) / "results.json"
 
 
-def all_rows(folder: Path) -> list[dict[str, Any]]:
+def _all_rows(folder: Path) -> list[Row]:
     """The rows of all measured layers in a comparison's folder."""
-    names = list(LABELS)
-
-    def place(row: dict[str, Any]) -> tuple[Any, ...]:
-        known = row["name"] in names
-        return (
-            names.index(row["name"]) if known else len(names),
-            row["name"],
-            row["k"] or 0,
-            row["seed"],
-        )
-
-    rows = (read_json(path, ComparedRow) for path in folder.glob("*/results.json"))
-    return sorted(rows, key=place)
+    found = (read(path, Row) for path in folder.glob("*/results.json"))
+    return [row for row in found if row is not None]
 
 
-def _results(run: TrainConfig) -> Path:
-    return Path(run.output) / "results.json"
+def _place(row: Row) -> tuple[Any, ...]:
+    """Where a row stands in its table."""
+    name = row.architecture
+    order = COMPARED.index(name) if name in COMPARED else len(COMPARED)
+    return order, name, row.k or 0, row.seed
 
 
-def _finished_row(run: TrainConfig, cfg: CompareConfig) -> dict[str, Any] | None:
-    row = read_json(_results(run), ComparedRow)
-    if row is None:
-        return None
-    claim_folder(run)
-    probed = (row.get("probe"), row.get("n_probe_texts")) == (cfg.probe, cfg.n_probe_texts)
-    return row if cfg.probe is None or probed else None
-
-
-def _heldout(cfg: RunConfig, model: Any, documents: Text, n_sequences: int) -> Heldout:
+def _heldout(cfg: RunConfig, site: Site, documents: Text, n_sequences: int) -> Heldout:
     return read_heldout(
-        model,
-        mlp_hooks(model, cfg.layer),
+        site,
         documents,
         context_size=cfg.context_size,
         device=cfg.device,
@@ -242,12 +211,11 @@ def _heldout(cfg: RunConfig, model: Any, documents: Text, n_sequences: int) -> H
     )
 
 
-def mlp_activations(cfg: RunConfig, model: Any, texts: list[str]) -> TextActivations:
+def mlp_activations(cfg: RunConfig, site: Site, texts: list[str]) -> TextActivations:
     """Input and output of the run's MLP on some texts, read as the run reads its own."""
     return text_activations(
-        model,
+        site,
         texts,
-        mlp_hooks(model, cfg.layer),
         context_size=cfg.context_size,
         lm_batch_size=cfg.lm_batch_size,
         autocast=cfg.autocast,
@@ -257,40 +225,32 @@ def mlp_activations(cfg: RunConfig, model: Any, texts: list[str]) -> TextActivat
 def probe_scores(
     sae: SAE[Any], activations: TextActivations, labels: list[str]
 ) -> dict[str, float]:
-    """Scores of probes on one, two and five features, means over classes and five splits."""
+    """F1 of probes on one, two and five features, means over classes and five splits."""
     features = pool_layer(sae, activations)
     splits = [probe(features, labels, n_features=(1, 2, 5), seed=seed) for seed in range(5)]
-    return {
-        f"probe_{score}_top{scores['n_features']}": scores[score]
-        for scores in summarise([row for rows in splits for row in rows])
-        for score in SCORES
-    }
+    means = summarise([row for rows in splits for row in rows])
+    return {f"probe_f1_top{of_n['n_features']}": of_n["f1"] for of_n in means}
 
 
-def measure_again(
-    folder: Path, dataset: str | None, text_column: str = "text", n_sequences: int = 64
-) -> Path:
+def measure_again(folder: Path, text: OtherText, n_sequences: int = 64) -> Path:
     """Measure the layers of a comparison on other text: ``results-<text>.json``, this path.
 
     Raises:
         ValueError: there are none, no text is named, or it cannot be loaded.
     """
     runs = finished_runs(folder)
-    if dataset is None:
+    if text.dataset is None:
         raise ValueError(f"say on which --dataset to measure the layers in {folder}")
-    check_one_place(folder, runs)
+    documents = text.load()
     cfg = runs[0]
-    text = load_text(dataset, text_column=text_column)
     model = load_model(cfg.model, cfg.model_class, cfg.device)
     for run in runs:
         check_sources(run, model)
-    heldout = _heldout(cfg, model, text, n_sequences)
-    rows = []
-    for run in runs:
-        sae = load_layer(run.layer_path, run.device)
-        rows.append(measure(model, sae, run, heldout) | {"dataset": dataset})
+    heldout = _heldout(cfg, Site.at(model, cfg.layer), documents, n_sequences)
+    layers = ((run, load_layer(run.layer_path, run.device)) for run in runs)
+    rows = [Row(**measure(sae, run, heldout, text.dataset)) for run, sae in layers]
     with locked(folder):
-        return write_results(folder, rows, results_stem(dataset))
+        return write_rows(folder, rows, results_stem(text.dataset))
 
 
 def results_stem(dataset: str | None) -> str:
@@ -303,38 +263,8 @@ def results_stem(dataset: str | None) -> str:
     return "results-" + re.sub(r"[^\w.-]+", "-", path.stem if suffix else dataset) + suffix
 
 
-def finished_runs(folder: Path) -> list[TrainConfig]:
-    """The run in this folder, or the finished ones of the comparison in it.
-
-    Raises:
-        ValueError: it holds neither, its run is not finished, or a file there is none of ours.
-    """
-    alone = folder / RUNNER_CFG_FILENAME
-    paths = [alone] if alone.exists() else sorted(folder.glob(f"*/{RUNNER_CFG_FILENAME}"))
-    runs = [read_config(path.parent) for path in paths]
-    finished = [run for run in runs if run.finished]
-    if runs and not finished:
-        raise ValueError(f"what is in {folder} is not finished: run its command again")
-    if not finished:
-        raise ValueError(f"{folder} holds neither a finished run nor a comparison")
-    return finished
-
-
-def check_one_place(folder: Path, runs: list[TrainConfig]) -> None:
-    """Refuse runs of more than one MLP, or that read it differently.
-
-    Raises:
-        ValueError: they are.
-    """
-    if len({(r.model, r.model_class, r.layer, r.context_size, r.autocast) for r in runs}) > 1:
-        raise ValueError(
-            f"{folder} holds layers of several models, at several places, or that differ in "
-            "context_size or autocast: name one of the folders in it"
-        )
-
-
-def write_results(folder: Path, rows: list[dict[str, Any]], stem: str = "results") -> Path:
-    """The rows as JSON."""
+def write_rows(folder: Path, rows: list[Row], stem: str = "results") -> Path:
+    """The rows as JSON, in the order of tables."""
     path = folder / f"{stem}.json"
-    write_json(path, rows)
+    write(path, Comparison(rows=sorted(rows, key=_place)), indent=2)
     return path

@@ -1,4 +1,4 @@
-"""The configuration of a training run."""
+"""Configurations: of a training run, and the parts that several commands share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any, get_type_hints
 
 import torch
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME
-from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
 from mxd_lens.data.text import Text, load_text, split_documents
 from mxd_lens.fields import (
@@ -18,6 +17,7 @@ from mxd_lens.fields import (
     Device,
     Index,
     Name,
+    NotNegative,
     PathStr,
     Positive,
     Seed,
@@ -25,35 +25,84 @@ from mxd_lens.fields import (
     config,
 )
 from mxd_lens.files import read_json
-from mxd_lens.layers.mxd import Recipe
+from mxd_lens.layers import answers, config_class
+from mxd_lens.layers.base import check_k
 from mxd_lens.models.load import ModelClass
 
 COMPARISON_FILENAME = "comparison.json"
-"""What says that a folder is that of a comparison."""
-
-BEST_LR = {
-    "mxd": 3e-3,
-    "mxd:paper": 3e-2,
-    "topk_transcoder": 3e-2,
-    "topk_skip_transcoder": 1e-2,
-    "topk": 3e-3,
-}
-"""Peak learning rates: the best by FVU in tests/benchmarks/search_lr.py, but for the default MxD,
-whose gate keeps more of its meaning at a lower one (CONTRIBUTING.md)."""
+"""Settings that all runs of a comparison share; marks its folder."""
 
 
 @config
-class RunConfig:
+class TextFormat:
+    """How text is found in a data set."""
+
+    dataset_split: Name = "train"
+    """Split of a hub data set."""
+    text_column: Name = "text"
+    """Column of the data set that holds the text."""
+
+
+@config
+class TextSource(TextFormat):
+    """Where text comes from."""
+
+    dataset: PathStr
+    """Hub data set (name or name:config), local .txt/.jsonl/.parquet/.csv, or demo:wikipedia."""
+    streaming: bool = False
+    """Stream the data set instead of downloading it whole."""
+
+    def load(self) -> Text:
+        """The documents, see `load_text`."""
+        return load_text(self.dataset, self.dataset_split, self.text_column, self.streaming)
+
+
+@config
+class OtherText(TextSource):
+    """Text beside the run's own."""
+
+    dataset: PathStr | None = None
+    """Named as for train; by default the run's own text."""
+
+
+@config
+class Sampling:
+    """How the language model writes."""
+
+    prompt: str = "I think that"
+    """What the samples continue."""
+    sample_tokens: Count = 24
+    """Tokens of a sample."""
+    temperature: NotNegative = 1.0
+    """Temperature of sampling; 0 takes the likeliest token."""
+    seed: Seed = 0
+    """Seed of all that is random."""
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """Arguments of `generate_steered`."""
+        own = {name: getattr(self, name) for name in ("prompt", "temperature", "seed")}
+        return own | {"n_tokens": self.sample_tokens}
+
+
+@config
+class Measuring:
+    """On how much text layers are measured."""
+
+    n_sequences: Count = 64
+    """Sequences on which cross-entropies are taken."""
+
+
+@config
+class RunConfig(TextSource):
     """Which layer of which model on which text: what all layers of a comparison share."""
 
     model: PathStr
     """Hugging Face name or local folder of the language model; demo:smollm2 needs no hub."""
     layer: Index
     """Which MLP to replace, counted from 0."""
-    dataset: PathStr
-    """Hub data set (name or name:config), local .txt/.jsonl/.parquet/.csv, or demo:wikipedia."""
     output: PathStr
-    """Folder of the run. The same command again resumes what was interrupted there."""
+    """Folder of the results. The same command again resumes what was interrupted there."""
     expansion: Count = 16
     """Every layer gets the parameters of a transcoder with expansion * d_in units."""
     training_tokens: Count = 1_024_000
@@ -66,18 +115,10 @@ class RunConfig:
     """Sequences per language-model pass."""
     heldout_documents: Count = 1000
     """Documents kept for evaluation, the same for every seed."""
-    text_column: Name = "text"
-    """Column of the data set that holds the text."""
-    dataset_split: Name = "train"
-    """Split of a hub data set."""
-    streaming: bool = False
-    """Stream the data set instead of downloading it whole."""
     model_class: ModelClass = "TransformerBridge"
     """How TransformerLens wraps the model."""
     autocast: bool = False
     """Run the language model and the layer in bfloat16 where that is safe."""
-    n_checkpoints: Index = 3
-    """Checkpoints on the way; the newest is kept until the run is done."""
     device: Device = "cuda" if torch.cuda.is_available() else "cpu"
     """Device of the model and the layer."""
 
@@ -92,24 +133,29 @@ class RunConfig:
     def steps(self) -> int:
         return self.training_tokens // self.batch_size
 
+    def documents(self, dataset: Text | None = None) -> tuple[Text, Text]:
+        """The run's (training, held-out) documents."""
+        return split_documents(self.load() if dataset is None else dataset, self.heldout_documents)
+
 
 @config
 class TrainConfig(RunConfig):
-    """One training run. Everything not said here is the recipe's."""
+    """Train a layer on a language model's MLP and measure it on held-out documents.
+
+    Example: mxd-lens train --model gpt2 --layer 8 --dataset stas/openwebtext-10k --output runs/gpt2
+    """
 
     architecture: str = "mxd"
-    """mxd, topk_transcoder, topk_skip_transcoder, or any in SAELens' training registry, which
-    is then an SAE of the MLP's output (topk, jumprelu, ...)."""
+    """mxd, mxd_paper, topk_transcoder, topk_skip_transcoder, dense, or any that SAELens trains,
+    which is then an SAE of the MLP's output (topk, jumprelu, ...)."""
     k: Count = 32
-    """Experts or units active per token, where the architecture has a k."""
+    """Active experts or units per token, where the architecture has a k."""
     d_sae: Count | None = None
     """Number of experts or units; by default as many as match the expansion's parameters."""
-    recipe: Recipe = "centred"
-    """Of an mxd. centred: hidden units from the original MLP, centred gate. paper: random."""
     sae_options: str = "{}"
     """Further fields of the architecture's SAELens training config, as JSON."""
     lr: Positive | None = None
-    """Peak learning rate; by default the architecture's best in our search."""
+    """Peak learning rate; by default the architecture's."""
     lr_warm_up_steps: Index | None = None
     """Steps of linear warm-up, by default a tenth."""
     lr_decay_steps: Index | None = None
@@ -117,15 +163,11 @@ class TrainConfig(RunConfig):
     activations: PathStr | None = None
     """Folder that keeps the MLP's inputs and outputs, to share one pass of the model."""
     seed: Seed = 0
-    """Seed of the weights and of the batches' order."""
+    """Seed of all that is random."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.architecture not in SAE_TRAINING_CLASS_REGISTRY:
-            raise ValueError(
-                f"unknown architecture {self.architecture!r}; known: "
-                f"{', '.join(sorted(SAE_TRAINING_CLASS_REGISTRY))}"
-            )
+        cfg_class = config_class(self.architecture)
         warm_up, decay = self.warm_up_and_decay
         if warm_up + decay > self.steps:
             raise ValueError(
@@ -136,7 +178,6 @@ class TrainConfig(RunConfig):
             options = json.loads(self.sae_options, parse_constant=_refuse_constant)
         except ValueError as error:
             raise ValueError(f"sae_options is not JSON: {error}") from error
-        _, cfg_class = SAE_TRAINING_CLASS_REGISTRY[self.architecture]
         known = field_names(cfg_class) - _SAID_OTHERWISE
         if not isinstance(options, dict) or not options.keys() <= known:
             raise ValueError(
@@ -146,8 +187,8 @@ class TrainConfig(RunConfig):
         kinds = get_type_hints(cfg_class)
         for name, value in options.items():
             check(kinds[name], **{f"sae_options[{name!r}]": value})
-        if self.d_sae is not None and "k" in field_names(cfg_class):
-            check_k(self, self.k, self.d_sae)
+        if self.d_sae is not None and has_k(self.architecture):
+            check_k(self.k, self.d_sae)
 
     @property
     def warm_up_and_decay(self) -> tuple[int, int]:
@@ -159,10 +200,15 @@ class TrainConfig(RunConfig):
         )
 
     @property
-    def name(self) -> str:
-        """What a comparison calls such layers."""
-        paper = self.architecture == "mxd" and self.recipe == "paper"
-        return "mxd:paper" if paper else self.architecture
+    def peak_lr(self) -> float:
+        """The run's peak learning rate."""
+        return answers(self.architecture).default_lr if self.lr is None else self.lr
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells the run's layer from others: fields of a row of results."""
+        k = self.k if has_k(self.architecture) else None
+        return {"architecture": self.architecture, "k": k, "seed": self.seed, "lr": self.peak_lr}
 
     @property
     def layer_path(self) -> Path:
@@ -174,8 +220,12 @@ class TrainConfig(RunConfig):
         """True if the trained layer is there."""
         return (self.layer_path / SAE_CFG_FILENAME).exists()
 
+    def __str__(self) -> str:
+        k = f", k = {self.k}" if has_k(self.architecture) else ""
+        return f"{answers(self.architecture).label}{k}, seed {self.seed}"
 
-_SAID_OTHERWISE = {"d_in", "d_out", "d_sae", "k", "recipe", "device", "metadata"}
+
+_SAID_OTHERWISE = {"d_in", "d_out", "d_sae", "k", "device", "metadata"}
 """Fields of SAELens' training configurations that follow from the model or the run's own."""
 
 
@@ -198,28 +248,36 @@ def read_config(folder: Path) -> TrainConfig:
         raise ValueError(f"{path} is not the configuration of a run: {error}") from error
 
 
-def load_documents(cfg: RunConfig, dataset: Text | None = None) -> tuple[Text, Text]:
-    """The run's (training, held-out) documents."""
-    return split_documents(load_dataset(cfg) if dataset is None else dataset, cfg.heldout_documents)
+def finished_runs(folder: Path) -> list[TrainConfig]:
+    """The run in this folder, or the finished ones of the comparison in it, all of one MLP.
 
-
-def load_dataset(cfg: RunConfig) -> Text:
-    """The run's documents."""
-    return load_text(cfg.dataset, cfg.dataset_split, cfg.text_column, cfg.streaming)
-
-
-def learning_rate(cfg: TrainConfig) -> float:
-    """The run's peak learning rate."""
-    return BEST_LR.get(cfg.name, 3e-3) if cfg.lr is None else cfg.lr
-
-
-def check_k(cfg: TrainConfig, k: float, d_sae: int) -> None:
-    """Raises ValueError if so many of the run's units cannot be active at a time."""
-    if not 1 <= k <= d_sae:
-        units = "experts" if cfg.architecture == "mxd" else "units"
+    Raises:
+        ValueError: it holds neither, its run is not finished, its runs are of more than one MLP
+            or read it differently, or a file there is none of ours.
+    """
+    alone = folder / RUNNER_CFG_FILENAME
+    paths = [alone] if alone.exists() else sorted(folder.glob(f"*/{RUNNER_CFG_FILENAME}"))
+    runs = [read_config(path.parent) for path in paths]
+    finished = [run for run in runs if run.finished]
+    if runs and not finished:
+        raise ValueError(f"what is in {folder} is not finished: run its command again")
+    if not finished:
+        raise ValueError(f"{folder} holds neither a finished run nor a comparison")
+    if len({(r.model, r.model_class, r.layer, r.context_size, r.autocast) for r in finished}) > 1:
         raise ValueError(
-            f"k={k:g} {units} cannot be active out of d_sae={d_sae}: need 1 <= k <= d_sae"
+            f"{folder} holds layers of several models, at several places, or that differ in "
+            "context_size or autocast: name one of the folders in it"
         )
+    return finished
+
+
+def has_k(architecture: str) -> bool:
+    """True if layers of this architecture are trained with a k.
+
+    Raises:
+        ValueError: there is no such architecture.
+    """
+    return "k" in field_names(config_class(architecture))
 
 
 def field_names(cfg_class: type) -> set[str]:
@@ -233,4 +291,4 @@ def settings(cfg: TrainConfig) -> dict[str, Any]:
     Whether activations are cached counts: their batches come in another order.
     """
     values = asdict(cfg) | {"activations": cfg.activations and "cached"}
-    return {k: v for k, v in values.items() if k not in ("output", "device", "n_checkpoints")}
+    return {name: value for name, value in values.items() if name not in ("output", "device")}

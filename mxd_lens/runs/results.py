@@ -1,15 +1,300 @@
-"""The files of a run, as they are written and read."""
+"""The results of runs, typed: what each file holds, and the one way to write and read it.
+
+Every file names the `VERSION` of its form. `read` gives typed rows, `plain` the same as
+dictionaries, ready for tables and JSON::
+
+    row = read(Path("runs/demo/mxd-k32-seed0/results.json"), Row)
+    rows = read_rows(Path("runs/demo/results.json"))
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Generic, TypeVar
 
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter
+from pydantic.dataclasses import dataclass
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.saes.sae import SAE
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import NotRequired, TypedDict, dataclass_transform
 
-from mxd_lens.files import read_json
+from mxd_lens.files import check_same, read_json, write_json
+
+VERSION = 1
+"""Of the form of all these files."""
+
+T = TypeVar("T")
+Number = int | float
+Parts = dict[Any, dict[str, Any]]
+"""What a file is made of, and with which settings."""
+
+
+@dataclass_transform(kw_only_default=True, field_specifiers=(Field,))
+def result(cls: type[T]) -> type[T]:
+    """Make a dataclass, of keyword arguments, that checks and converts what it is made of."""
+    made: Any = dataclass(kw_only=True, config=ConfigDict(extra="forbid"))(cls)
+    return made
+
+
+@result
+class Row:
+    """results.json of a run: what `evaluate` measures of its layer, in its units.
+
+    None stands for what a layer without experts lacks. Fields with a default are left out of the
+    file where they have it.
+    """
+
+    architecture: str
+    seed: int
+    lr: float
+    dataset: str
+    k: Number | None
+    d_sae: int
+    d_hidden: int | None
+    n_parameters: int
+    training_tokens: int | None
+    model_name: str | None
+    hook_name: str
+    hook_name_out: str
+    ce_original: float
+    ce_replaced: float
+    ce_replaced_all_positions: float
+    ce_zero_ablation: float
+    ce_increase: float
+    ce_recovered: float
+    ce_mean_gate: float | None
+    ce_shuffled_gate: float | None
+    ce_shuffled_gate_matched: float | None
+    ce_tokens: int
+    kl: float
+    fvu: float
+    nmse: float
+    nmse_median: float
+    heldout_tokens: int
+    l0: float | None
+    alive_fraction: float | None
+    always_on: int | None
+    experts_cosine: float | None
+    probe: str | None = None
+    probe_f1_top1: float | None = None
+    probe_f1_top2: float | None = None
+    probe_f1_top5: float | None = None
+
+    def parts(self) -> Parts:
+        made: Parts = {"measurements": {}}
+        return made | ({self.probe: {}} if self.probe else {})
+
+
+@result
+class Comparison:
+    """results.json of a comparison: a row for each of its layers."""
+
+    rows: Annotated[list[Row], Field(min_length=1)]
+
+
+@result
+class ProbeMeans:
+    """Mean scores, over classes and splits, of probes on ``n_features`` features (None: all) of
+    the layer that ``architecture``, ``k`` and ``run_seed`` name, of the MLP's ``neurons``, or of
+    the ``majority`` guess."""
+
+    data: str
+    architecture: str
+    k: Number | None
+    run_seed: int | None
+    n_features: int | None
+    accuracy: float
+    balanced_accuracy: float
+    f1: float
+    roc_auc: float
+
+
+@result
+class ProbeRow(ProbeMeans):
+    """One probe, see `probe`."""
+
+    class_: str = Field(alias="class")
+    features: list[int] | None
+    n_train: int
+    n_test: int
+    test_size: float
+    seed: int
+
+
+@result
+class ProbedData:
+    """How a labelled text was asked for, and its classes."""
+
+    asked: dict[str, Any]
+    classes: list[str]
+
+
+@result
+class Probes:
+    """probe.json, see `mxd_lens.runs.analyse.run_probe`."""
+
+    datasets: dict[str, ProbedData]
+    rows: list[ProbeRow]
+    summary: list[ProbeMeans]
+
+    def parts(self) -> Parts:
+        return {data: probed.asked for data, probed in self.datasets.items()}
+
+
+@result
+class Context:
+    """A place where an expert fires: text, position in it, activation, quantile of that."""
+
+    text: int
+    position: int
+    value: float
+    quantile: float
+
+
+@result
+class Expert:
+    """An expert, see `inspect_experts`."""
+
+    id: int
+    name: str
+    density: float
+    mean: float
+    max: float
+    histogram: list[int]
+    contexts: list[Context]
+    coherence: float | None
+    same_token: float
+    meaningful: bool
+    promoted: list[list[Any]] | None
+    suppressed: list[list[Any]] | None
+    agreement: float | None
+    nearest: list[list[Any]]
+    coactive: list[list[Any]]
+    rank: int
+    effective_rank: float
+    sample: str | None
+
+
+@result
+class Experts:
+    """experts.json, see `inspect_experts`; ``asked``: the settings of its parts, ``contexts``,
+    ``effects`` and ``samples``."""
+
+    asked: dict[str, dict[str, Any]]
+    model_name: str | None
+    hook_name: str
+    hook_name_out: str
+    architecture: str
+    k: Number | None
+    d_sae: int
+    dataset: str
+    n_tokens: int
+    n_live: int
+    rule: str
+    texts: list[list[str]]
+    experts: list[Expert]
+
+    def parts(self) -> Parts:
+        return {**self.asked}
+
+
+@result
+class SteeringRow:
+    """Samples of one unit, steered at one strength, see `evaluate_steering`."""
+
+    architecture: str
+    expert: int
+    strength: float
+    amount: float
+    coherence: float
+    perplexity: float
+    samples: list[str]
+
+
+@result
+class Steering:
+    """steering.json, see `evaluate_steering`."""
+
+    edit: str
+    prompt: str
+    n_samples: int
+    n_tokens: int
+    temperature: float
+    seed: int
+    unsteered: dict[str, float]
+    rows: list[SteeringRow]
+
+    def settings(self) -> dict[str, Any]:
+        names = ("edit", "prompt", "n_samples", "n_tokens", "temperature", "seed")
+        return {name: getattr(self, name) for name in names}
+
+    def parts(self) -> Parts:
+        made: Parts = {(row.expert, row.strength): {} for row in self.rows}
+        return {"settings": self.settings()} | made
+
+
+def read(path: Path, kind: type[T]) -> T | None:
+    """What a results file holds; None if there is none.
+
+    Raises:
+        ValueError: it is of another version, damaged, or none of ours.
+    """
+
+    def unversioned(value: Any) -> Any:
+        if isinstance(value, dict):
+            if value.get("version") != VERSION:
+                raise ValueError(f"version={value.get('version')}, this mxd-lens reads {VERSION}")
+            return {name: value[name] for name in value if name != "version"}
+        return value
+
+    return read_json(path, Annotated[kind, BeforeValidator(unversioned)])
+
+
+def write(path: Path, value: Any, indent: int | None = None) -> None:
+    """Write a results file, whole or not at all."""
+    write_json(path, {"version": VERSION} | plain(value), indent)
+
+
+def plain(value: Any) -> dict[str, Any]:
+    """A result as dictionaries and lists, with the names that its file has."""
+    return TypeAdapter(type(value)).dump_python(value, by_alias=True, exclude_defaults=True)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Plain rows of a results.json, a run's or a comparison's; none if there is no such file.
+
+    Raises:
+        ValueError: it is of another version, damaged, or none of ours.
+    """
+    found: Any = read(path, Comparison | Row)  # type: ignore[arg-type]
+    if found is None:
+        return []
+    return [plain(row) for row in (found.rows if isinstance(found, Comparison) else [found])]
+
+
+class ResultsFile(Generic[T]):
+    """A results file: what it holds, and which of the parts that are asked for are missing.
+
+    Args:
+        asked: by part, the settings that it is to be made with.
+
+    Raises:
+        ValueError: the file is none of ours, or has such a part made with other settings.
+    """
+
+    def __init__(self, path: Path, kind: type[T], asked: Parts):
+        self.path = path
+        self.value: Any = read(path, kind)
+        made: Parts = {} if self.value is None else self.value.parts()
+        self.missing = [part for part in asked if part not in made]
+        for part in asked:
+            if part in made:
+                check_same(path, made[part], asked[part])
+
+    def save(self, value: T, indent: int | None = None) -> None:
+        """Write the file anew, what was missing in it."""
+        write(self.path, value, indent)
+        self.value = value
 
 
 class LayerFile(TypedDict):
@@ -20,74 +305,17 @@ class LayerFile(TypedDict):
     k: NotRequired[float]
 
 
-class Row(TypedDict):
-    """results.json of a run: what `evaluate` has measured, and other fields."""
+def read_layer_file(folder: Path) -> LayerFile:
+    """The configuration of the layer in a folder.
 
-    name: NotRequired[str]
-    seed: NotRequired[int]
-    dataset: str
-    architecture: str
-    model_name: str | None
-    hook_name: str
-    hook_name_out: str
-    k: float | None
-    d_sae: int
-    n_parameters: int
-    ce_original: float
-    ce_replaced: float
-    ce_mean_gate: float
-    ce_shuffled_gate: float
-    ce_shuffled_gate_matched: float
-    ce_zero_ablation: float
-    ce_increase: float
-    ce_recovered: float
-    kl: float
-    nmse: float
-    fvu: float
-    l0: float
-    alive_fraction: float
-    always_on: int
-
-
-class ComparedRow(Row):
-    """results.json of a run within a comparison."""
-
-    name: str
-    seed: int
-
-
-class ProbeFile(TypedDict):
-    """probe.json, see `mxd_lens.runs.analyse.run_probe`."""
-
-    datasets: dict[str, dict[str, Any]]
-    rows: list[dict[str, Any]]
-    summary: list[dict[str, Any]]
-
-
-class ExpertsFile(TypedDict):
-    """experts.json, see `mxd_lens.analysis.experts.report.inspect_experts`."""
-
-    dataset: str
-    n_tokens: int
-    d_sae: int
-    n_live: int
-    rule: str
-    texts: list[list[str]]
-    experts: list[dict[str, Any]]
-    asked: NotRequired[dict[str, Any]]
-
-
-class SteeringFile(TypedDict):
-    """steering.json, see `mxd_lens.analysis.steering.evaluate_steering`."""
-
-    edit: str
-    prompt: str
-    n_samples: int
-    n_tokens: int
-    temperature: float
-    seed: int
-    unsteered: dict[str, float]
-    rows: list[dict[str, Any]]
+    Raises:
+        ValueError: there is none.
+    """
+    path = folder / SAE_CFG_FILENAME
+    found = read_json(path, LayerFile)
+    if found is None:
+        raise ValueError(f"there is no {path}: delete that folder and train the layer again")
+    return found
 
 
 def load_layer(folder: Path, device: str = "cpu") -> SAE[Any]:
@@ -96,7 +324,7 @@ def load_layer(folder: Path, device: str = "cpu") -> SAE[Any]:
     Raises:
         ValueError: its files cannot be read, or do not fit together.
     """
-    read_json(folder / SAE_CFG_FILENAME, LayerFile)
+    read_layer_file(folder)
     try:
         layer: Any = SAE.load_from_disk(folder)
     except Exception as error:  # safetensors, PyTorch and SAELens have kinds of their own
