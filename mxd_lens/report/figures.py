@@ -1,251 +1,158 @@
-"""Pages: what was measured, as self-contained plotly HTML."""
+"""Figures: what was measured, in plotly.
+
+A frame has a column ``layer``, the reader's name; several seeds give means and their range.
+"""
 
 from __future__ import annotations
 
 import html
-import math
 import textwrap
-from collections.abc import Iterable
 from itertools import cycle
-from statistics import median
 from typing import Any
 
+import pandas as pd
+import plotly.express as px
 import plotly.graph_objects as go
 from jaxtyping import Float
 from plotly.colors import qualitative
 from torch import Tensor
 
-from mxd_lens.layers.matching import LABELS, label
+from mxd_lens.layers import architectures
+from mxd_lens.report.tables import measured, method_label
+
+NATS = "nats per token"
 
 
 def losses(row: dict[str, Any]) -> go.Figure:
     """Cross-entropy increase over the original model, for the layer and its ablations."""
-    bars = {
-        "replaced": row["ce_replaced"],
-        "gate at its mean": row["ce_mean_gate"],
-        "gate shuffled": row["ce_shuffled_gate"],
-        "gate shuffled, norms kept": row["ce_shuffled_gate_matched"],
-        "MLP removed": row["ce_zero_ablation"],
+    names = {
+        "ce_increase": "replaced",
+        "gate_mean": "gate at its mean",
+        "gate_shuffled": "gate shuffled",
+        "gate_matched": "gate shuffled, norms kept",
+        "mlp_removed": "MLP removed",
     }
-    increase = [ce - row["ce_original"] for ce in bars.values()]
-    figure = go.Figure(
-        go.Bar(
-            x=increase,
-            y=list(bars),
-            orientation="h",
-            text=[f"{value:+.4f}" for value in increase],
-            textposition="auto",
-            hovertemplate="%{y}: %{x:.5f} nats per token<extra></extra>",
-        )
-    )
-    return figure.update_layout(
-        title=f"What the language model loses (original: {row['ce_original']:.3f} nats per token)",
-        xaxis_title="increase in cross-entropy (nats per token)",
-        yaxis={"autorange": "reversed", "automargin": True},
-        template="plotly_white",
-    )
+    known = measured(row)
+    bars = {_lines(said): known[key] for key, said in names.items() if key in known}
+    figure = px.bar(x=[*bars.values()], y=[*bars], orientation="h")
+    figure.update_traces(_AMOUNT | {"textangle": 0})
+    title = f"Increase in cross-entropy (original: {row['ce_original']:.3f} {NATS})"
+    return _styled(figure, title, xaxis_title=NATS, yaxis=_NAMES)
 
 
 def firing(density: Float[Tensor, "d_sae"]) -> go.Figure:
     """How often each expert fires."""
     alive = density[density > 0]
-    figure = go.Figure(
-        go.Histogram(
-            x=alive.log10().tolist(),
-            nbinsx=60,
-            hovertemplate="10^%{x}: %{y} experts<extra></extra>",
-        )
-    )
-    return figure.update_layout(
-        title=f"How often experts fire ({len(alive):,} of {len(density):,} do at all)",
-        xaxis_title="share of tokens on which the expert fires (log10)",
-        yaxis_title="experts",
-        template="plotly_white",
-    )
+    figure = px.histogram(x=alive.log10().tolist(), nbins=60)
+    figure.update_traces(hovertemplate="10^%{x}: %{y} experts")
+    title = f"Share of tokens on which an expert fires ({len(alive):,} of {len(density):,} do)"
+    axes = {"xaxis_title": "share of tokens (log10)", "yaxis_title": "experts"}
+    return _styled(figure, title, **axes)
 
 
-def _colours(names: Iterable[str]) -> dict[str, str]:
-    """A colour for each method; an architecture has the same one in all figures."""
-    return dict(zip(dict.fromkeys([*LABELS, *names]), cycle(qualitative.Plotly), strict=False))
+def comparison(rows: list[dict[str, Any]]) -> list[go.Figure]:
+    """What the language model loses, and how much the choice of units matters: bars where all
+    layers have one k; where they have several, lines over k, and the unexplained variance."""
+    keys = ["layer", "k", "ce_increase", "fvu", "gate_matched", "mlp_removed"]
+    frame = _drawn(pd.DataFrame([measured(row) for row in rows], columns=keys))
+    ce = "Cross-entropy lost with the layer in place of the MLP"
+    gate = "Cross-entropy lost by shuffling the activations, norms kept"
+    removed = frame["mlp_removed"].mean()
+    if frame["k"].nunique() < 2:
+        figures = {"ce_increase": f"{ce} (MLP removed: {removed:+.4f})", "gate_matched": gate}
+        return [_bars(frame, *of) for of in figures.items() if frame[of[0]].notna().any()]
+    return [
+        _frontier(frame, "ce_increase", ce, NATS, {"MLP removed": removed}),
+        _frontier(frame, "fvu", "Fraction of variance unexplained", "FVU", {}),
+        _frontier(frame, "gate_matched", gate, NATS, {"MLP removed": removed}),
+    ]
 
 
-def frontier(
-    rows: list[dict[str, Any]], key: str, title: str, unit: str, lines: dict[str, float]
+def _bars(frame: pd.DataFrame, key: str, title: str) -> go.Figure:
+    """An increase in cross-entropy, a bar for each architecture."""
+    at = _spread(frame, ["layer"], key)
+    at["name"] = at["layer"].map(_lines)
+    spread = {"error_x": "up", "error_x_minus": "down"}
+    figure = px.bar(at, x="mean", y="name", color="layer", **spread, **_colours(frame))
+    figure.update_traces(_AMOUNT | {"textposition": "outside", "cliponaxis": False})
+    low, high = at["low"].min(), at["high"].max()
+    ends = [min(1.3 * low, 0.0), max(1.3 * high, 0.0)]  # room for the texts
+    axes = {"xaxis": {"title": NATS, "range": ends}, "yaxis": _NAMES}
+    return _styled(figure, title, showlegend=False, height=80 + 44 * len(at), **axes)
+
+
+def _frontier(
+    frame: pd.DataFrame, key: str, title: str, unit: str, lines: dict[str, float]
 ) -> go.Figure:
-    """A measurement against k, one line per architecture: means over seeds, and their range.
-
-    Args:
-        key: the measurement.
-        title, unit: what it is, and in what it is counted.
-        lines: reference values.
-    """
-    figure = go.Figure()
-    colours = _colours(row["name"] for row in rows)
-    for name in dict.fromkeys(row["name"] for row in rows):
-        at: dict[int, list[float]] = {}
-        for row in rows:
-            if row["name"] == name and row["k"] is not None:
-                at.setdefault(row["k"], []).append(row[key])
-        ks = sorted(at)
-        means = [sum(at[k]) / len(at[k]) for k in ks]
-        figure.add_scatter(
-            x=ks,
-            y=means,
-            name=label(name),
-            mode="lines+markers",
-            line_color=colours[name],
-            error_y={
-                "array": [max(at[k]) - mean for k, mean in zip(ks, means, strict=True)],
-                "arrayminus": [mean - min(at[k]) for k, mean in zip(ks, means, strict=True)],
-            },
-            customdata=[len(at[k]) for k in ks],
-            hovertemplate="k = %{x}: %{y:.5f}<br>seeds: %{customdata}",
-        )
-    for text, value in lines.items():
-        figure.add_hline(y=value, line_dash="dot", annotation_text=text)
-    ks = sorted({row["k"] for row in rows if row["k"] is not None})
+    """A measurement against k, a line for each architecture; dotted ones for reference values
+    and for layers that have no k."""
+    at, colours = _spread(frame, ["layer", "k"], key).sort_values("k"), _colours(frame)
+    figure = px.line(at, x="k", y="mean", color="layer", markers=True, **_RANGE, **colours)
+    figure.update_traces(hovertemplate="k = %{x}: %{y:.5f}")
+    dense = _spread(frame[frame["k"].isna()], ["layer"], key).set_index("layer")["mean"]
+    ks = sorted(at["k"].unique())
+    for name, value in (lines | dense.to_dict()).items():
+        line = {"dash": "dot", "color": colours["color_discrete_map"].get(name, "grey")}
+        figure.add_scatter(x=[ks[0], ks[-1]], y=[value] * 2, name=name, mode="lines", line=line)
     buttons = [
         {"label": scale, "method": "relayout", "args": [{"yaxis.type": scale}]}
         for scale in ("linear", "log")
     ]
-    return figure.update_layout(
-        title=title,
-        xaxis={"title": "k, experts or units active per token", "type": "log", "tickvals": ks},
-        yaxis={"title": unit, "automargin": True},
-        legend={"orientation": "h", "y": -0.25},
-        updatemenus=[
-            {
-                "buttons": buttons,
-                "type": "buttons",
-                "direction": "left",
-                "x": 0,
-                "xanchor": "left",
-                "y": 1.03,
-                "yanchor": "bottom",
-            }
-        ],
-        template="plotly_white",
-    )
+    menu = {"buttons": buttons, "type": "buttons", "direction": "left", "xanchor": "left"}
+    axis = {"title": "k, experts or units active per token", "type": "log", "tickvals": ks}
+    menus = [menu | {"x": 0, "y": 1.03, "yanchor": "bottom"}]
+    return _styled(figure, title, xaxis=axis, yaxis_title=unit, updatemenus=menus)
 
 
-def frontiers(rows: list[dict[str, Any]]) -> list[go.Figure]:
-    """What the language model loses, what is unexplained, and what the gate's choices matter."""
-    removed = {"MLP removed": rows[0]["ce_zero_ablation"] - rows[0]["ce_original"]}
-    shuffled = [
-        row | {"cost": row["ce_shuffled_gate_matched"] - row["ce_original"]} for row in rows
-    ]
-    nats = "nats per token"
-    return [
-        frontier(
-            rows,
-            "ce_increase",
-            "Increase in cross-entropy",
-            nats,
-            removed | {"original model": 0.0},
-        ),
-        frontier(rows, "fvu", "Fraction of variance unexplained", "FVU", {}),
-        frontier(
-            shuffled,
-            "cost",
-            "Cross-entropy lost by shuffling the coefficients, norms kept",
-            nats,
-            removed,
-        ),
-    ]
-
-
-def probes(scores: list[dict[str, Any]], data: str) -> go.Figure:
-    """F1 of sparse probes on one data set: means over seeds, and their range.
+def probes(frame: pd.DataFrame, data: str) -> go.Figure:
+    """F1 of sparse probes on one data set; a guess that reads no feature is a line.
 
     Args:
-        scores: `probing.summarise`'s rows, with ``data`` and ``name``. A guess that reads no
-            feature is a line.
+        frame: `probing.summarise`'s rows, with ``data``, and ``n_features`` as ordered text.
     """
-    rows = [row for row in scores if row["data"] == data]
-    colours = _colours(row["name"] for row in scores)
-    ns = sorted(
-        {n for row in rows if (n := row["n_features"]) != 0}, key=lambda n: float(n or math.inf)
-    )
-    figure = go.Figure()
-    for name in sorted({row["name"] for row in rows}, key=list(colours).index):
-        at: dict[int | None, list[float]] = {}
-        for row in rows:
-            if row["name"] == name:
-                at.setdefault(row["n_features"], []).append(row["f1"])
-        means = {n: sum(f1) / len(f1) for n, f1 in at.items()}
-        if 0 in at:
-            figure.add_hline(
-                means[0],
-                line_dash="dot",
-                annotation={"text": html.escape(label(name)), "bgcolor": "white", "opacity": 0.8},
-            )
-        if not (read := [n for n in ns if n in at]):
-            continue
-        figure.add_bar(
-            x=["all" if n is None else str(n) for n in read],
-            y=[means[n] for n in read],
-            name=html.escape(label(name)),
-            marker_color=colours[name],
-            error_y={
-                "array": [max(at[n]) - means[n] for n in read],
-                "arrayminus": [means[n] - min(at[n]) for n in read],
-                "visible": any(len(at[n]) > 1 for n in read),
-            },
-            hovertemplate="%{x} features: F1 %{y:.3f}",
-        )
-    return figure.update_layout(
-        title=html.escape(data),
-        xaxis={
-            "title": "features the probe reads",
-            "type": "category",
-            "categoryorder": "array",
-            "categoryarray": ["all" if n is None else str(n) for n in ns],
-        },
-        yaxis={"title": "F1, mean over classes", "range": [0, 1.05]},
-        legend={"orientation": "h", "y": -0.25},
-        template="plotly_white",
+    frame = _drawn(frame)
+    rows, colours = frame[frame["data"] == data], _colours(frame)
+    guess = rows["n_features"] == "0"
+    at = _spread(rows[~guess], ["layer", "n_features"], "f1").sort_values("n_features")
+    order = {"n_features": [*at["n_features"].unique()], "layer": [*colours["color_discrete_map"]]}
+    axes = {"x": "n_features", "y": "mean", "color": "layer", "category_orders": order}
+    figure = px.bar(at, barmode="group", **axes, **_RANGE, **colours)
+    figure.update_traces(hovertemplate="%{x} features: F1 %{y:.3f}")
+    for name, f1 in rows[guess].groupby("layer")["f1"].mean().items():
+        note = {"text": name, "bgcolor": "white", "opacity": 0.8}
+        figure.add_hline(f1, line_dash="dot", annotation=note)
+    axis = {"title": "features the probe reads", "type": "category"}
+    return _styled(
+        figure, data, xaxis=axis, yaxis={"title": "F1, mean over classes", "range": [0, 1.05]}
     )
 
 
-def steering(rows: list[dict[str, Any]], unsteered: dict[str, float]) -> go.Figure:
+def steering(frame: pd.DataFrame, unsteered: dict[str, float]) -> go.Figure:
     """Coherence of steered samples against their perplexity: points for an expert at a strength,
     lines through the medians of each strength.
 
     Args:
-        rows: with ``name``, ``expert``, ``strength``, ``coherence``, ``perplexity``, ``samples``.
+        frame: ``expert``, ``strength``, ``coherence``, ``perplexity``, ``samples``.
         unsteered: coherence and perplexity of the language model left alone.
     """
-    figure = go.Figure()
-    colours = _colours(row["name"] for row in rows)
-    for name in sorted({row["name"] for row in rows}, key=list(colours).index):
-        points = [row for row in rows if row["name"] == name]
-        figure.add_scatter(
-            x=[row["perplexity"] for row in points],
-            y=[row["coherence"] for row in points],
-            name=html.escape(label(name)),
-            legendgroup=name,
-            showlegend=False,
-            mode="markers",
-            marker={"color": colours[name], "opacity": 0.4},
-            customdata=[
-                [row["expert"], row["strength"], _wrapped(*row["samples"][:1])] for row in points
-            ],
-            hovertemplate="expert %{customdata[0]}, strength %{customdata[1]:.3g}: coherence "
-            "%{y:.3f}, perplexity %{x:.4g}<br><i>%{customdata[2]}</i>",
-        )
-        strengths = sorted({row["strength"] for row in points})
-        at = [[row for row in points if row["strength"] == strength] for strength in strengths]
-        figure.add_scatter(
-            x=[median(point["perplexity"] for point in same) for same in at],
-            y=[median(point["coherence"] for point in same) for same in at],
-            text=[f"{strength:.3g}" for strength in strengths],
-            name=html.escape(label(name)),
-            legendgroup=name,
-            mode="lines+markers+text",
-            textposition="top center",
-            marker={"color": colours[name], "size": 11},
-            hovertemplate="medians at strength %{text}: coherence %{y:.3f}, perplexity %{x:.4g}",
-        )
+    scores = ["perplexity", "coherence"]
+    frame = _drawn(frame.assign(sample=frame["samples"].str[0].fillna("").map(_wrapped)))
+    medians = frame.groupby(["layer", "strength"], as_index=False)[scores].median()
+    where = {"x": scores[0], "y": scores[1], "color": "layer", **_colours(frame)}
+    points = px.scatter(frame, custom_data=["expert", "strength", "sample"], opacity=0.4, **where)
+    points.update_traces(
+        showlegend=False,
+        hovertemplate="expert %{customdata[0]}, strength %{customdata[1]:.3g}: coherence "
+        "%{y:.3f}, perplexity %{x:.4g}<br><i>%{customdata[2]}</i>",
+    )
+    lines = px.line(medians, text="strength", markers=True, **where)
+    lines.update_traces(
+        texttemplate="%{text:.3~g}",
+        textposition="top center",
+        marker_size=11,
+        hovertemplate="medians at strength %{text}: coherence %{y:.3f}, perplexity %{x:.4g}",
+    )
+    figure = go.Figure([*points.data, *lines.data])
     figure.add_scatter(
         x=[unsteered["perplexity"]],
         y=[unsteered["coherence"]],
@@ -254,17 +161,52 @@ def steering(rows: list[dict[str, Any]], unsteered: dict[str, float]) -> go.Figu
         marker={"symbol": "star", "size": 14, "color": "black"},
         hovertemplate="coherence %{y:.3f}, perplexity %{x:.4g}",
     )
-    return figure.update_layout(
-        title="Steered samples; lines: medians at each strength",
-        xaxis={"title": "perplexity (log)", "type": "log"},
-        yaxis={"title": "coherence of the samples", "automargin": True},
-        legend={"orientation": "h", "y": -0.25},
-        hoverlabel={"align": "left"},
-        template="plotly_white",
-    )
+    title = "Steered samples; lines: medians at each strength"
+    axes = {"xaxis": {"title": "perplexity (log)", "type": "log"}, "yaxis_title": "coherence"}
+    return _styled(figure, title, hoverlabel_align="left", **axes)
 
 
-def _wrapped(text: str = "") -> str:
-    """Text for a hover label, where plotly reads some HTML."""
+_RANGE = {"error_y": "up", "error_y_minus": "down"}
+_AMOUNT = {"texttemplate": "%{x:+.4f}", "hovertemplate": "%{y}: %{x:.5f} nats per token"}
+_NAMES = {"title": None, "autorange": "reversed", "automargin": True}
+
+
+def _spread(frame: pd.DataFrame, by: list[str], key: str) -> pd.DataFrame:
+    """``mean``, ``low`` and ``high`` of each group, and the way from the mean to either if seeds
+    differ."""
+    values = frame.dropna(subset=[*by, key]).groupby(by, sort=False, observed=True)[key]
+    at = values.agg(mean="mean", low="min", high="max").reset_index()
+    up, down = at["high"] - at["mean"], at["mean"] - at["low"]
+    return at.assign(up=up.where(up > 0), down=down.where(up > 0))
+
+
+def _drawn(frame: pd.DataFrame) -> pd.DataFrame:
+    """The frame with names that plotly, which reads some HTML, shows as they are."""
+    return frame.assign(layer=frame["layer"].map(_escaped))
+
+
+def _escaped(text: str) -> str:
+    return html.escape(text, quote=False)
+
+
+def _colours(frame: pd.DataFrame) -> dict[str, Any]:
+    """A colour for each method; an architecture has the same one in all figures."""
+    names = dict.fromkeys([*map(method_label, architectures()), *frame["layer"]])
+    return {"color_discrete_map": dict(zip(names, cycle(qualitative.Plotly), strict=False))}
+
+
+def _styled(figure: go.Figure, title: str, **layout: Any) -> go.Figure:
+    legend = {"orientation": "h", "y": -0.25, "title": None}
+    figure.update_layout(title=title, legend=legend, template="plotly_white")
+    return figure.update_layout(**layout)
+
+
+def _lines(name: str) -> str:
+    """A name in short lines, for the margin of a narrow figure."""
+    return "<br>".join(textwrap.wrap(name, 16))
+
+
+def _wrapped(text: str) -> str:
+    """Text for a hover label."""
     lines = textwrap.wrap(text, 60, max_lines=6, placeholder=" …")
-    return "<br>".join(html.escape(line) for line in lines)
+    return "<br>".join(map(_escaped, lines))

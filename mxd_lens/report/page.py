@@ -1,91 +1,67 @@
-"""Pages: a run's, a comparison's, and the report, which has a browser of a run's experts.
+"""Pages: a run's, a comparison's, and the report of all that is known of a run.
 
-Each holds everything it needs and asks nothing of the network. Texts of a corpus are hostile
-input: they travel as JSON in which no tag can begin, and the page's script writes them as text.
+Each is one file that holds everything it needs and asks nothing of the network. Texts of a corpus
+are hostile input: they travel as JSON in which no tag can begin, and the page's script writes
+them as text; Jinja2 escapes everything else.
 """
 
 from __future__ import annotations
 
-import html
-import json
-import math
-import re
 import shlex
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import plotly.graph_objects as go
 from jaxtyping import Float
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 from plotly.utils import PlotlyJSONEncoder
 from sae_lens.constants import RUNNER_CFG_FILENAME
 from torch import Tensor
 
-from mxd_lens.files import read_json, write_text
-from mxd_lens.report import figures as plots
-from mxd_lens.report.tables import decisive, html_table, label, show, summary
-from mxd_lens.runs.config import read_config
-from mxd_lens.runs.results import ComparedRow, ExpertsFile, ProbeFile, Row, SteeringFile
+from mxd_lens.files import write_text
+from mxd_lens.report import figures, tables
+from mxd_lens.report.tables import Table, layer_label, method_label
+from mxd_lens.runs.config import COMPARISON_FILENAME
+from mxd_lens.runs.results import Experts, Probes, Row, Steering, plain, read, read_rows
 
 
 def write_comparison_page(results: Path) -> None:
-    """The sparsity-accuracy frontier of a comparison, and all its numbers.
+    """The numbers of a comparison that matter, its figures and tables, a browser of experts.
 
     Args:
-        results: the comparison's ``results.json``; the page goes beside it.
+        results: the comparison's ``results.json``; the page goes beside it. The experts are
+            those of a layer that the page opens with, if ``experts.json`` is in its run's
+            folder, or else of the first layer that has one.
+
+    Raises:
+        ValueError: a file is none of ours.
     """
-    rows = read_json(results, list[Row])
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    everything = html_table(names, [[show(row.get(name)) for name in names] for row in rows])
-    names, lines = decisive(rows)
-    tables = (
-        f'<div class="table">{html_table(names, lines)}</div><details><summary>All numbers'
-        f'</summary><div class="table">{everything}</div></details>'
-    )
-    title = f"Layers in place of the MLP at {rows[0]['hook_name_out']} of {rows[0]['model_name']}"
-    note = (
-        "The MxD starts from the original MLP's hidden units, which no transcoder can; the paper's "
-        "recipe and all others start at random."
-    )
-    _write(results.with_suffix(".html"), title, plots.frontiers(rows), f"<p>{note}</p>", tables)
-
-
-def write_run_page(path: Path, row: dict[str, Any], density: Float[Tensor, "d_sae"]) -> None:
-    """One layer's numbers as a table, and figures."""
-    cells = "".join(
-        f"<tr><th>{html.escape(name)}</th><td>{html.escape(show(value))}</td></tr>"
-        for name, value in row.items()
-    )
-    title = f"{row['architecture']} at {row['hook_name']} of {row['model_name']}"
-    _write(path, title, [plots.losses(row), plots.firing(density)], "", f"<table>{cells}</table>")
-
-
-def _write(path: Path, title: str, figures: list[go.Figure], text: str, tables: str) -> None:
-    """One HTML file with everything inside."""
-    plots = "".join(
-        figure.to_html(full_html=False, include_plotlyjs=(i == 0), default_height=480)
-        for i, figure in enumerate(figures)
-    )
-    title = html.escape(title)
-    write_text(
-        path,
-        f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title>
-<link rel="icon" href="data:,">
-<style>
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto;
-  padding: 0 1rem }}
-.table {{ overflow-x: auto }}
-th {{ text-align: left; font-weight: 500; padding-right: 2rem }}
-td {{ text-align: right; font-variant-numeric: tabular-nums; padding-right: 1rem }}
-</style></head><body><h1>{title}</h1>{text}{plots}{tables}
-</body></html>
-""",
+    rows = read_rows(results)
+    opening = _opening(rows)
+    described, experts = _described(results.parent, opening)
+    _write(
+        results.with_suffix(".html"),
+        "comparison.html",
+        rows[0],
+        opening=[tables.measured(row) for row in opening],
+        control=[row for row in rows if not _has_experts(row)],
+        figures=figures.comparison(rows),
+        decisive=tables.decisive(rows),
+        everything=tables.everything(rows),
+        folder=shlex.quote(str(results.parent)),
+        described=described,
+        experts=experts,
+        data=experts and _browsed(experts, []),
     )
 
 
-TEMPLATE = Path(__file__).with_suffix(".html")
+def write_run_page(path: Path, row: dict[str, Any], density: Float[Tensor, "d_sae"] | None) -> None:
+    """One layer's numbers as a table, and figures; of a layer without experts, not how
+    units fire."""
+    firing = [] if density is None else [figures.firing(density)]
+    _write(path, "run.html", row, figures=[figures.losses(row), *firing], data=None)
 
 
 def write_report(run: Path) -> Path:
@@ -93,8 +69,8 @@ def write_report(run: Path) -> Path:
 
     Args:
         run: output folder of `train`, or a run's folder within a comparison: then the page also
-            shows the comparison's frontier, and probes and steering of the runs that have the
-            same k and seed. What has not been measured is a sentence that says how to.
+            shows the comparison, and probes and steering of the runs that have the same k and
+            seed. What has not been measured is a sentence that says how to.
 
     Returns:
         Where it is.
@@ -102,151 +78,36 @@ def write_report(run: Path) -> Path:
     Raises:
         ValueError: the folder holds no finished run, or a file in it is none of ours.
     """
-    name, seed, row = _finished(run)
-    this = (name, row["k"], seed)
-    parent = run.resolve().parent
-    comparison = read_json(parent / "results.json", list[ComparedRow] | dict[str, Any])
-    if not isinstance(comparison, list):
-        comparison = []
-    beside = _beside(run, row["k"], seed) if comparison else []
-    experts = read_json(run / "experts.json", ExpertsFile)
-    steering = _read_all([run, *beside], "steering.json", SteeringFile)
-    probes = _read_all([run, *beside], "probe.json", ProbeFile)
-    reads = [row for file in probes for row in file["rows"] if _who(row) == this]
-    parts = {
-        "title": html.escape(f"{label(name)}, k = {row['k']}, {row['model_name']}"),
-        "heading": html.escape(f"{label(name)}, k = {row['k']}"),
-        "where": html.escape(
-            f"in place of the MLP at {row['hook_name_out']} of {row['model_name']}"
-        ),
-        "plotly": get_plotlyjs(),
-        "faithfulness": _faithfulness(row),
-        "frontier": _figures(plots.frontiers(comparison)) if comparison else NO_COMPARISON,
-        "probes": _probes(probes, row["k"]) + ("" if reads else _missing(run, "probe")),
-        "steering": _steering(steering)
-        + ("" if (run / "steering.json").exists() else _missing(run, "steer")),
-        "experts": _rule(experts) if experts else _missing(run, "experts"),
-        "data": _in_script(_json(experts and _browsed(experts, _chosen(reads)))),
-    }
-    template = TEMPLATE.read_text(encoding="utf-8")
-    page = re.sub(r"<!--(\w+)-->", lambda place: parts[place[1]], template)
+    row, folder = _finished(run), run.resolve()
+    this = row["architecture"], row["k"], row["seed"]
+    comparison = (folder.parent / COMPARISON_FILENAME).exists()
+    compared = read_rows(folder.parent / "results.json") if comparison else []
+    runs = _rows(folder.parent) if compared else {}
+    alike = [path for path, row in runs.items() if (row["k"], row["seed"]) == this[1:]]
+    alike = [folder, *(path for path in alike if path != folder)]
+    experts = _read(run / "experts.json", Experts)
+    probed = _read_all(alike, "probe.json", Probes)
+    reads = [read for file in probed for read in file["rows"] if _who(read) == this]
+    scores = _scores(probed, row["k"])
+    steered = _read_all(alike, "steering.json", Steering)
     path = run / "report.html"
-    write_text(path, page)
+    _write(
+        path,
+        "report.html",
+        row,
+        folder=shlex.quote(str(run)),
+        losses=figures.losses(row),
+        comparison=figures.comparison(compared) if compared else [],
+        probes=[figures.probes(scores, data) for data in scores["data"].unique()],
+        scores=_by_number(scores),
+        reads=reads,
+        steered=steered[:1],
+        steering=_steering(steered),
+        steered_this=(run / "steering.json").exists(),
+        experts=experts,
+        data=experts and _browsed(experts, _chosen(reads)),
+    )
     return path
-
-
-NO_COMPARISON = (
-    "<p>This run is not part of a comparison: <code>mxd-lens compare</code> trains layers of "
-    "several architectures and k side by side.</p>"
-)
-
-
-# What is in the folder
-
-
-def _finished(run: Path) -> tuple[str, int, dict[str, Any]]:
-    """A run's name, seed and row of faithfulness."""
-    of_run = (run / RUNNER_CFG_FILENAME).exists()
-    row = read_json(run / "results.json", Row) if of_run else None
-    if (run / "layer").exists() and row is None:
-        raise ValueError(f"{run} has not been measured: run `mxd-lens evaluate {run}` first")
-    if row is None:
-        raise ValueError(
-            f"{run} holds no finished run: name the output folder of `mxd-lens train`, or a "
-            "run's folder within a comparison"
-        )
-    cfg = read_config(run)
-    return cfg.name, cfg.seed, row
-
-
-def _beside(run: Path, k: int | None, seed: int) -> list[Path]:
-    """The other runs of a comparison that have the same k and seed."""
-    run = run.resolve()
-    paths = sorted(run.parent.glob("*/results.json"))
-    rows = {path.parent: read_json(path, Row) for path in paths}
-    return [
-        folder
-        for folder, row in rows.items()
-        if folder != run and (row["k"], row.get("seed")) == (k, seed)
-    ]
-
-
-def _read_all(folders: list[Path], name: str, kind: Any) -> list[Any]:
-    """What those of the folders' files say that there are."""
-    return [file for folder in folders if (file := read_json(folder / name, kind)) is not None]
-
-
-# Parts of the page
-
-
-def _faithfulness(row: dict[str, Any]) -> str:
-    numbers = html_table([f"on {row['dataset']}", ""], [list(line) for line in summary(row)])
-    everything = html_table(["", ""], [[name, show(value)] for name, value in row.items()])
-    return (
-        f'<div class="side"><div class="table">{numbers}</div>{_figures([plots.losses(row)])}</div>'
-        f'<details><summary>All numbers</summary><div class="table">{everything}</div></details>'
-    )
-
-
-def _who(row: dict[str, Any]) -> tuple[str, int | None, int | None]:
-    """Which layer a probe read."""
-    return row["name"], row["k"], row["run_seed"]
-
-
-def _probes(files: list[dict[str, Any]], k: int | None) -> str:
-    """Figures and a table of the F1 of probes of layers with this k, and of the baselines."""
-    # Only what was asked for as in the first file: on the same texts and splits.
-    asked = {data: how for file in reversed(files) for data, how in file["datasets"].items()}
-    scores = {
-        (row["data"], *_who(row), row["n_features"]): row  # each file has the baselines
-        for file in files
-        for row in file["summary"]
-        if row["k"] in (None, k) and file["datasets"][row["data"]] == asked[row["data"]]
-    }
-    if not scores:
-        return ""
-    f1: dict[tuple[Any, ...], dict[int | None, str]] = {}
-    for (*method, n), row in scores.items():
-        f1.setdefault(tuple(method), {})[n] = f"{row['f1']:.3f}"
-    ns = sorted({n for *_, n in scores}, key=lambda n: math.inf if n is None else n)
-    lines = [
-        [data, label(name), *("" if i is None else str(i) for i in (of_k, seed))]
-        + [of_n.get(n, "") for n in ns]
-        for (data, name, of_k, seed), of_n in f1.items()
-    ]
-    head = ["data", "method", "k", "seed", *(f"F1, {'all' if n is None else n}" for n in ns)]
-    rows = list(scores.values())
-    figures = [plots.probes(rows, data) for data in dict.fromkeys(row["data"] for row in rows)]
-    return (
-        f'{_figures(figures)}<details><summary>As a table</summary><div class="table">'
-        f"{html_table(head, lines)}</div></details>"
-    )
-
-
-def _steering(steered: list[dict[str, Any]]) -> str:
-    """A figure of the runs that were steered alike."""
-    if not steered:
-        return ""
-    names = ("edit", "prompt", "n_samples", "n_tokens", "temperature", "seed")
-    settings = {key: steered[0][key] for key in names}
-    alike = [file for file in steered if settings.items() <= file.items()]
-    rows = [row for file in alike for row in file["rows"]]
-    text = (
-        f"{settings['n_samples']} samples of {settings['n_tokens']} tokens at temperature "
-        f"{settings['temperature']}, from “{settings['prompt']}”. Steered by the unit's "
-        f"{settings['edit']}. Strength: mean norm of the change at the MLP's output, over that "
-        "output's mean norm."
-    )
-    return f"<p>{html.escape(text)}</p>{_figures([plots.steering(rows, steered[0]['unsteered'])])}"
-
-
-def _rule(experts: dict[str, Any]) -> str:
-    n = sum(expert["meaningful"] for expert in experts["experts"])
-    text = (
-        f"{experts['n_live']:,} of {experts['d_sae']:,} experts fired in {experts['n_tokens']:,} "
-        f"tokens of {experts['dataset']}; {n:,} count as meaningful. {experts['rule']}"
-    )
-    return f"<p>{html.escape(text)}</p><p>{agreement_of(experts)}</p>"
 
 
 def agreement_of(experts: dict[str, Any]) -> str:
@@ -262,89 +123,182 @@ def agreement_of(experts: dict[str, Any]) -> str:
     )
 
 
-def _missing(run: Path, command: str) -> str:
-    line = html.escape(f"mxd-lens {command} {shlex.quote(str(run))}")
-    return f"<p>Not measured of this run yet: <code>{line}</code></p>"
+def _write(path: Path, template: str, row: dict[str, Any], **parts: Any) -> None:
+    """Render a template: a page about one layer, unless it says ``everything`` of several."""
+    shared = {"row": row, "title": layer_label(row), "plotly": get_plotlyjs()}
+    numbers = {"numbers": tables.summary(row), "everything": tables.everything([row])}
+    write_text(path, _PAGES.get_template(template).render(shared | numbers | parts))
 
 
-def _figures(figures: list[go.Figure]) -> str:
-    """Figures side by side where there is room, their titles as headings, which can wrap."""
-    return f'<div class="figures">{"".join(map(_figure, figures))}</div>'
+def _plot(figure: go.Figure) -> go.Figure:
+    """A figure for the page's script, without the title, which is a heading of the page."""
+    margin = {"t": 56 if figure.layout.updatemenus else 24, "r": 16, "l": 56, "b": 48}
+    return go.Figure(figure).update_layout(title=None, margin=margin)
 
 
-def _figure(figure: go.Figure) -> str:
-    title = figure.layout.title.text
-    figure.update_layout(title=None, margin={"t": 56, "r": 16, "l": 56, "b": 48}, height=440)
-    data = _in_script(json.dumps(figure, cls=PlotlyJSONEncoder))
-    return (
-        f'<figure><figcaption>{title}</figcaption><div class="plot"></div>'
-        f'<script type="application/json">{data}</script></figure>'
-    )
+_PAGES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+_PAGES.policies["json.dumps_kwargs"] = {
+    "cls": PlotlyJSONEncoder,  # null for what JSON has no word for
+    "ensure_ascii": False,
+    "separators": (",", ":"),
+}
+_PAGES.filters["plot"] = _plot
+_PAGES.globals |= {"agreement_of": agreement_of, "layer_label": layer_label}
+
+
+# What is in the folder
+
+
+def _finished(run: Path) -> dict[str, Any]:
+    """A run's row of results."""
+    of_run = (run / RUNNER_CFG_FILENAME).exists()
+    row = _read(run / "results.json", Row) if of_run else None
+    if (run / "layer").exists() and row is None:
+        raise ValueError(f"{run} has not been measured: run `mxd-lens evaluate {run}` first")
+    if row is None:
+        raise ValueError(
+            f"{run} holds no finished run: name the output folder of `mxd-lens train`, or a "
+            "run's folder within a comparison"
+        )
+    return row
+
+
+def _rows(folder: Path) -> dict[Path, dict[str, Any]]:
+    """The runs of a comparison that have been measured."""
+    return {
+        path.parent: row
+        for path in sorted(folder.glob("*/results.json"))
+        for row in read_rows(path)
+    }
+
+
+def _read(path: Path, kind: Any) -> Any:
+    """What a file says, plain; None if there is none."""
+    found = read(path, kind)
+    return None if found is None else plain(found)
+
+
+def _read_all(folders: list[Path], name: str, kind: Any) -> list[Any]:
+    """What those of the folders' files say that there are."""
+    return [file for folder in folders if (file := _read(folder / name, kind)) is not None]
+
+
+def _has_experts(row: dict[str, Any]) -> bool:
+    """False for a dense control, of which no unit is sparsely active."""
+    return row["l0"] is not None
+
+
+def _opening(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows that a comparison opens with: the MxD's, or else the first layer's that has a k,
+    at the middle one of its k."""
+    rows = [row for row in rows if _has_experts(row)]
+    rows.sort(key=lambda row: row["architecture"] != "mxd")
+    first = [row for row in rows if row["architecture"] == rows[0]["architecture"]]
+    ks = sorted({row["k"] for row in first}, key=lambda k: k or 0)
+    return [row for row in first if row["k"] == ks[len(ks) // 2]]
+
+
+def _described(folder: Path, opening: list[dict[str, Any]]) -> tuple[str, dict[str, Any] | None]:
+    """A layer of a comparison and its experts: one of the opening's, or else any other."""
+    names = ("architecture", "k", "seed")
+    opened = [[row[name] for name in names] for row in opening]
+    runs = [(row, run / "experts.json") for run, row in _rows(folder).items()]
+    runs = [(row, path) for row, path in runs if path.exists()]
+    runs.sort(key=lambda run: [run[0][name] for name in names] not in opened)
+    for row, path in runs[:1]:
+        return f"{layer_label(row)}, seed {row.get('seed')}", _read(path, Experts)
+    return "", None
+
+
+# Probes and steering
+
+
+def _who(row: dict[str, Any]) -> tuple[str, int | None, int | None]:
+    """Which layer a probe read."""
+    return row["architecture"], row["k"], row["run_seed"]
+
+
+_METHOD = ["data", "layer", "k", "run_seed"]
+
+
+def _scores(files: list[dict[str, Any]], k: float | None) -> pd.DataFrame:
+    """F1 of the probes of layers with this k, and of the baselines; ``n_features`` as text."""
+    # Only what was asked for as in the first file: on the same texts and splits.
+    asked = {data: how for file in reversed(files) for data, how in file["datasets"].items()}
+    rows = [
+        row | {"layer": method_label(row["architecture"])}
+        for file in files
+        for row in file["summary"]
+        if row["k"] in (None, k) and file["datasets"][row["data"]] == asked[row["data"]]
+    ]
+    frame = pd.DataFrame(rows, columns=[*_METHOD, "n_features", "f1"])
+    frame = frame.astype({"k": "Int64", "run_seed": "Int64", "n_features": "Int64"})
+    numbers = [f"{n}" for n in sorted(frame["n_features"].dropna().unique())]
+    text = frame["n_features"].astype("string").fillna("all")
+    frame["n_features"] = pd.Categorical(text, [*numbers, "all"], ordered=True)
+    return frame.drop_duplicates([*_METHOD, "n_features"])  # each file has the baselines
+
+
+def _by_number(scores: pd.DataFrame) -> Table:
+    """F1, a method a line, a number of features a column."""
+    text = scores[_METHOD].astype("string").fillna("")
+    text = text.assign(n=scores["n_features"], f1=scores["f1"].map("{:.3f}".format))
+    wide = text.pivot(index=_METHOD, columns="n", values="f1").fillna("").reset_index()
+    head = ["data", "method", "k", "seed", *(f"F1, {n}" for n in wide.columns[len(_METHOD) :])]
+    return head, wide.to_numpy().tolist()
+
+
+def _steering(files: list[dict[str, Any]]) -> list[go.Figure]:
+    """A figure of the runs that were steered alike, if any was."""
+    names = ("edit", "prompt", "n_samples", "n_tokens", "temperature", "seed")
+    alike = [file for file in files if all(file[name] == files[0][name] for name in names)]
+    rows = [
+        row | {"layer": method_label(row["architecture"])} for file in alike for row in file["rows"]
+    ]
+    return [figures.steering(pd.DataFrame(rows), files[0]["unsteered"])] if rows else []
 
 
 # What the browser of experts reads
 
 
-def _chosen(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _chosen(reads: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """For each class, the experts that probes of it read, best first.
 
     Args:
-        rows: `probe`'s, of one layer, with ``data``.
+        reads: `probe`'s rows of one layer, with ``data``.
 
     Returns:
         ``data``, ``class`` and ``experts``: [id, best rank, number of features of the smallest
         probe that reads it, mean F1 of such probes].
     """
-    found: dict[tuple[str, str], dict[int, list[tuple[int, int, float]]]] = {}
-    for row in rows:
-        if row["features"] is not None:
-            of_class = found.setdefault((row["data"], row["class"]), {})
-            for rank, expert in enumerate(row["features"], 1):
-                of_class.setdefault(expert, []).append((rank, row["n_features"], row["f1"]))
-    classes = []
-    for (data, name), of_class in found.items():
-        experts = []
-        for expert, reads in of_class.items():
-            smallest = min(n for _, n, _ in reads)
-            f1 = [f1 for _, n, f1 in reads if n == smallest]
-            experts.append([expert, min(rank for rank, *_ in reads), smallest, sum(f1) / len(f1)])
-        classes.append({"data": data, "class": name, "experts": sorted(experts, key=_by_rank)})
-    return classes
+    names = ["data", "class", "features", "n_features", "f1"]
+    frame = pd.DataFrame(reads, columns=names).dropna(subset="features").explode("features")
+    frame = frame.astype({"features": int, "n_features": int})
+    frame["rank"] = frame.groupby(level=0).cumcount() + 1
+    expert, best = names[:3], ["rank", "n_features"]
+    smallest = frame.groupby(expert)[best].transform("min")
+    frame = frame.assign(rank=smallest["rank"])[frame["n_features"] == smallest["n_features"]]
+    frame = frame.groupby([*expert, *best], sort=False)["f1"].mean().reset_index()
+    frame = frame.sort_values([*best, "f1"], ascending=[True, True, False])
+    return [
+        {"data": data, "class": name, "experts": [list(row)[2:] for row in rows.itertuples(False)]}
+        for (data, name), rows in frame.groupby(["data", "class"], sort=False)
+    ]
 
 
-def _by_rank(expert: list[Any]) -> tuple[Any, ...]:
-    _, rank, n, f1 = expert
-    return rank, n, -f1
-
-
-def _browsed(experts: dict[str, Any], chosen: list[dict[str, Any]]) -> dict[str, Any]:
+def _browsed(experts: dict[str, Any] | None, chosen: list[dict[str, Any]]) -> dict[str, Any] | None:
     """What the page's script reads: the experts, their contexts as lists, and the classes."""
+    if experts is None:
+        return None
     keys = ("text", "position", "value", "quantile")
     rows = [
         expert | {"contexts": [[context[key] for key in keys] for context in expert["contexts"]]}
         for expert in experts["experts"]
     ]
     return {"texts": experts["texts"], "experts": rows, "classes": chosen}
-
-
-def _in_script(text: str) -> str:
-    """JSON in which no tag begins or ends."""
-    for character in "<\u2028\u2029":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return text
-
-
-def _json(value: Any) -> str:
-    """Short JSON: no needless spaces or escapes, numbers to four digits."""
-    return json.dumps(_rounded(value), ensure_ascii=False, separators=(",", ":"))
-
-
-def _rounded(value: Any) -> Any:
-    """Floats to four digits, and null for those that JSON has no word for."""
-    if isinstance(value, float):
-        return float(f"{value:.4g}") if math.isfinite(value) else None
-    if isinstance(value, list):
-        return [_rounded(item) for item in value]
-    if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    return value

@@ -1,144 +1,3 @@
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy"
-  content="default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title><!--title--></title>
-<link rel="icon" href="data:,">
-<style>
-:root { --line: #d4d8dd; --soft: #f4f6f8; --text: #1c2126; --dim: #5b6570; --accent: #0b5cad }
-* { box-sizing: border-box }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--text); background: white;
-  max-width: 80rem; margin: 0 auto; padding: 0 1rem 4rem }
-h1 { margin: 1.5rem 0 0; line-height: 1.2 }
-h1 + p { margin: 0; color: var(--dim); overflow-wrap: anywhere }
-h2 { margin: 2.5rem 0 .5rem; padding-top: .5rem; border-top: 1px solid var(--line) }
-h4 { margin: 1.2rem 0 .3rem }
-nav { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; margin-top: 1rem }
-a { color: var(--accent) }
-code { background: var(--soft); padding: .1em .3em; overflow-wrap: anywhere }
-:focus-visible { outline: 2px solid var(--accent); outline-offset: 1px }
-.table { overflow-x: auto }
-table { border-collapse: collapse }
-th { text-align: left; font-weight: 500; color: var(--dim) }
-th, td { padding: .1rem 1.25rem .1rem 0; vertical-align: top }
-td:not(:first-child) { text-align: right; font-variant-numeric: tabular-nums }
-.figures { display: flex; flex-wrap: wrap; gap: 1rem 2rem }
-figure { flex: 1 1 22rem; min-width: 0; margin: .5rem 0; overflow: hidden }
-figcaption { font-weight: 600 }
-.plot { min-height: 440px }
-.side { display: flex; flex-wrap: wrap; gap: 1rem 3rem }
-.side > .figures { flex: 1 1 30rem; min-width: 0 }
-
-#browser:not([hidden]) { display: grid; grid-template-columns: 23rem minmax(0, 1fr); gap: 0 1.5rem }
-#controls { display: grid; grid-template-columns: auto minmax(0, 1fr); gap: .35rem .6rem; align-items: center;
-  margin-bottom: .5rem }
-input, select, button { font: inherit; color: inherit; background: white; border: 1px solid var(--line);
-  border-radius: 4px; padding: .25rem .5rem; min-width: 0; min-height: 2rem }
-button { cursor: pointer }
-button:hover, [role="option"]:hover { background: var(--soft) }
-#status { margin: 0 0 .35rem; color: var(--dim) }
-#scroll { border: 1px solid var(--line); border-radius: 4px; height: 42rem; overflow-y: auto }
-#list { list-style: none; margin: 0; padding: 0; position: relative }
-#list:focus-visible { outline-offset: -2px }
-[role="option"] { padding: .35rem .6rem; border-bottom: 1px solid var(--line); cursor: pointer; line-height: 1.35;
-  border-left: 4px solid transparent }
-[role="option"].active { background: var(--soft); border-left-color: var(--dim) }
-[role="option"][aria-selected="true"] { background: #e3effb; border-left-color: var(--accent) }
-.id { color: var(--dim); font-variant-numeric: tabular-nums; margin-right: .4rem }
-.name { font-weight: 500; overflow-wrap: anywhere; white-space: pre-wrap; unicode-bidi: isolate }
-.name.none { font-weight: 400; font-style: italic; color: var(--dim) }
-.small { display: block; font-size: .85em; color: var(--dim) }
-#more { width: calc(100% - 1rem); margin: .5rem }
-#detail h3 { margin: 0; font-size: 1.35rem; line-height: 1.3; scroll-margin-top: .5rem }
-#detail ul { list-style: none; margin: 0; padding: 0 }
-.numbers { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: .5rem 1rem; margin: .8rem 0 }
-.numbers dt { font-size: .85em; color: var(--dim) }
-.numbers dd { margin: 0; font-variant-numeric: tabular-nums }
-.columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); gap: 0 1.5rem }
-.context { display: grid; grid-template-columns: 3.5rem minmax(0, 1fr) auto; gap: .6rem; align-items: start;
-  padding: .25rem 0; border-bottom: 1px solid var(--line) }
-.value { color: var(--dim); font-size: .85em; font-variant-numeric: tabular-nums }
-.context .value { text-align: right; padding-top: .15rem }
-.text, .sample { white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: isolate }
-.sample { background: var(--soft); padding: .6rem .8rem; margin: 0; border-left: 4px solid var(--line) }
-.context button { min-height: 0; padding: 0 .4rem; font-size: .85em; color: var(--dim); white-space: nowrap }
-mark { color: inherit; border-radius: 3px; padding: .1em 0; box-shadow: inset 0 -2px #c77700 }
-.sign { color: var(--dim); opacity: .7 }
-.tokens { display: flex; flex-wrap: wrap; gap: .3rem .4rem }
-.token { white-space: pre; max-width: 100%; overflow-x: auto; background: var(--soft); border: 1px solid var(--line);
-  border-radius: 4px; padding: 0 .35rem; unicode-bidi: isolate }
-.token small { color: var(--dim); margin-left: .4rem; font-variant-numeric: tabular-nums }
-svg { display: block; max-width: 100%; height: auto; fill: #3d7ab8 }
-.axis { display: flex; justify-content: space-between; width: 320px; max-width: 100%; color: var(--dim); font-size: .85em }
-#back { display: none }
-@media (min-width: 701px) {
-  #browser > :first-child { position: sticky; top: .75rem; align-self: start }
-  #scroll { max-height: calc(100vh - 13rem) }
-}
-@media (max-width: 700px) {
-  #browser:not([hidden]) { grid-template-columns: minmax(0, 1fr) }
-  #scroll { height: 45vh; margin-bottom: 1rem }
-  #back:not([hidden]) { display: inline-block; margin-bottom: .5rem }
-  .context { grid-template-columns: 2.5rem minmax(0, 1fr) auto }
-}
-</style>
-</head>
-<body>
-<header>
-<h1><!--heading--></h1>
-<p><!--where--></p>
-<nav aria-label="Sections">
-<a href="#faithfulness">Faithfulness</a><a href="#frontier">Comparison</a><a href="#probes">Probes</a>
-<a href="#steering">Steering</a><a href="#experts">Experts</a>
-</nav>
-</header>
-<main>
-<section id="faithfulness"><h2>Faithfulness</h2><!--faithfulness--></section>
-<section id="frontier"><h2>Comparison</h2><!--frontier--></section>
-<section id="probes"><h2>Probes</h2><!--probes--></section>
-<section id="steering"><h2>Steering</h2><!--steering--></section>
-<section id="experts"><h2>Experts</h2><!--experts-->
-<div id="browser" hidden>
-<div>
-<div id="controls">
-<label for="search">Search</label>
-<input id="search" type="search" autocomplete="off" placeholder="number, name, token, text">
-<label for="order">Sort by</label>
-<select id="order">
-<option value="meaningful">meaningful first</option>
-<option value="coherence">coherence of contexts</option>
-<option value="agreement">writes what it fires on</option>
-<option value="density">density: fires most often</option>
-<option value="rare">density: fires least often</option>
-<option value="mean">mean coefficient</option>
-<option value="probe">best probe F1, fewest features first</option>
-<option value="id">number</option>
-<option value="rank" disabled>rank in the class chosen below</option>
-</select>
-<label for="class">Probe class</label>
-<select id="class"><option value="">any</option></select>
-</div>
-<p id="status" role="status"></p>
-<div id="scroll">
-<ul id="list" role="listbox" tabindex="0" aria-label="Experts: arrow keys move, Enter opens"></ul>
-<button id="more" type="button" hidden>Show more</button>
-</div>
-</div>
-<div>
-<button id="back" type="button" hidden>Back to the list</button>
-<article id="detail" aria-label="Expert">
-<p>Choose an expert: by a click, or with the arrow keys and Enter.</p>
-</article>
-</div>
-</div>
-</section>
-</main>
-<script id="data" type="application/json"><!--data--></script>
-<script><!--plotly--></script>
-<script>
 "use strict";
 
 const PAGE = 200; // rows of the list that are made at a time
@@ -181,10 +40,10 @@ const percent = (share) => `${number(share * 100)}%`;
 
 // What is known of an expert
 
-const experts = data ? data.experts : [];
+const { experts } = data;
 const byId = new Map(experts.map((expert) => [expert.id, expert]));
 const probesOf = new Map(); // id: [{of: class, rank, n: features of the smallest probe, f1}]
-for (const of of data ? data.classes : []) {
+for (const of of data.classes) {
   for (const [id, rank, n, f1] of of.experts) {
     if (!probesOf.has(id)) probesOf.set(id, []);
     probesOf.get(id).push({ of, rank, n, f1 });
@@ -338,11 +197,11 @@ function describe(expert) {
   const probes = probesOf.get(expert.id) || [];
   const numbers = [
     ["fires on", `${percent(expert.density)} of tokens`],
-    ["coefficient, mean", number(expert.mean)],
-    ["coefficient, largest", number(expert.max)],
+    ["activation, mean", number(expert.mean)],
+    ["activation, largest", number(expert.max)],
     ["coherence of contexts", number(expert.coherence)],
     ["on the same token", percent(expert.same_token)],
-    ["agreement of what it promotes", number(expert.agreement, 4)],
+    ...(expert.agreement === null ? [] : [["agreement of what it promotes", number(expert.agreement, 4)]]),
     ["rank", number(expert.rank, 6)],
     ["effective rank", number(expert.effective_rank)],
     ["meaningful", expert.meaningful ? "yes" : "no"],
@@ -359,12 +218,12 @@ function describe(expert) {
     el("div", { class: "columns" },
       box("Promotes", tokens(expert.promoted)),
       box("Suppresses", tokens(expert.suppressed)),
-      box("Coefficient where it fires", histogram(expert)),
+      box("Activation where it fires", histogram(expert)),
       box("Probe classes that chose it", probes.length ? el("ul", {}, ...probes.map(probeRow)) : null),
-      box("Most alike by weights (cosine)", links(expert.alike)),
+      box("Nearest by weights (cosine)", links(expert.nearest)),
       box("Most often active with (Jaccard)", links(expert.coactive))),
     ...[...lower].flatMap(([quantile, contexts]) =>
-      part(`Contexts at the ${number(quantile * 100)}% quantile of its coefficient`,
+      part(`Contexts at the ${number(quantile * 100)}% quantile of its activation`,
         contexts.map((context) => contextRow(context, expert)))),
     ...part("Steered sample", expert.sample ? [el("p", { class: "sample" }, expert.sample)] : []),
   ];
@@ -382,7 +241,7 @@ function contextRow(context, expert) {
   const write = (whole) => {
     const start = whole ? 0 : Math.max(0, position - BEFORE);
     const end = whole ? words.length : Math.min(words.length, position + AFTER + 1);
-    const mark = el("mark", { title: `coefficient ${number(value)}` }, ...visibleToken(words[position]));
+    const mark = el("mark", { title: `activation ${number(value)}` }, ...visibleToken(words[position]));
     mark.style.backgroundColor = `rgba(255, 179, 0, ${0.15 + 0.5 * shade})`;
     body.replaceChildren(
       ...(start > 0 ? [el("span", { class: "sign" }, "… ")] : []),
@@ -457,55 +316,45 @@ const KEYS = {
   End: () => shown.length - 1,
 };
 
-// The figures: each is drawn when it is about to be seen
+// The page
 
-const seen = new IntersectionObserver((entries) => {
-  for (const { target } of entries.filter((entry) => entry.isIntersecting)) {
-    seen.unobserve(target);
-    const { data: traces, layout } = JSON.parse(target.nextElementSibling.textContent);
-    Plotly.newPlot(target, traces, layout, { responsive: true, displayModeBar: false });
-  }
-}, { rootMargin: "50%" });
-for (const plot of document.querySelectorAll(".plot")) seen.observe(plot);
-
-if (data) {
-  const groups = new Map();
-  data.classes.forEach((of, i) => {
-    if (!groups.has(of.data)) groups.set(of.data, classes.appendChild(el("optgroup", { label: of.data })));
-    groups.get(of.data).append(el("option", { value: i }, of.class));
-  });
-  search.addEventListener("input", refresh);
-  search.addEventListener("keydown", (event) => {
-    if (event.key !== "ArrowDown" && event.key !== "Enter") return;
-    event.preventDefault();
-    list.focus();
-    moveTo(0);
-    if (event.key === "Enter" && shown.length) open(shown[0].id);
-  });
-  order.addEventListener("change", refresh);
-  classes.addEventListener("change", () => chooseClass(classes.value));
-  find("more").addEventListener("click", more);
-  list.addEventListener("click", (event) => {
-    const option = event.target.closest('[role="option"]');
-    if (!option) return;
-    moveTo(Number(option.dataset.row));
-    open(shown[active].id);
-  });
-  list.addEventListener("keydown", (event) => {
-    if (event.key in KEYS) moveTo(KEYS[event.key]());
-    else if ((event.key === "Enter" || event.key === " ") && active >= 0) open(shown[active].id);
-    else return;
-    event.preventDefault();
-  });
-  find("back").addEventListener("click", () => {
-    find("controls").scrollIntoView();
-    list.focus({ preventScroll: true });
-  });
-  addEventListener("hashchange", show);
-  find("browser").hidden = false;
-  refresh();
-  show();
+const groups = new Map();
+data.classes.forEach((of, i) => {
+  if (!groups.has(of.data)) groups.set(of.data, classes.appendChild(el("optgroup", { label: of.data })));
+  groups.get(of.data).append(el("option", { value: i }, of.class));
+});
+for (const name of ["coherence", "agreement", "probe"]) { // what has not been measured
+  if (experts.every((expert) => ORDERS[name](expert) === null)) order.querySelector(`[value="${name}"]`).remove();
 }
-</script>
-</body>
-</html>
+for (const node of [classes, classes.labels[0]]) node.hidden = !data.classes.length;
+search.addEventListener("input", refresh);
+search.addEventListener("keydown", (event) => {
+  if (event.key !== "ArrowDown" && event.key !== "Enter") return;
+  event.preventDefault();
+  list.focus();
+  moveTo(0);
+  if (event.key === "Enter" && shown.length) open(shown[0].id);
+});
+order.addEventListener("change", refresh);
+classes.addEventListener("change", () => chooseClass(classes.value));
+find("more").addEventListener("click", more);
+list.addEventListener("click", (event) => {
+  const option = event.target.closest('[role="option"]');
+  if (!option) return;
+  moveTo(Number(option.dataset.row));
+  open(shown[active].id);
+});
+list.addEventListener("keydown", (event) => {
+  if (event.key in KEYS) moveTo(KEYS[event.key]());
+  else if ((event.key === "Enter" || event.key === " ") && active >= 0) open(shown[active].id);
+  else return;
+  event.preventDefault();
+});
+find("back").addEventListener("click", () => {
+  find("controls").scrollIntoView();
+  list.focus({ preventScroll: true });
+});
+addEventListener("hashchange", show);
+find("browser").hidden = false;
+refresh();
+show();
