@@ -1,4 +1,4 @@
-"""Before the imports that take seconds: installed versions, and signals while they last."""
+"""Before the imports that take seconds: installed versions, signals while they last, progress."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from packaging.specifiers import SpecifierSet
+from tqdm import tqdm
 
 KNOWN_WRONG = [
     (
@@ -22,6 +24,9 @@ KNOWN_WRONG = [
     ),
 ]
 """Package, versions, and what is wrong with them."""
+
+PROGRESS_INTERVAL = 30
+"""Seconds between two lines of a progress bar where stderr is not a terminal."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -33,7 +38,9 @@ class Interrupted(KeyboardInterrupt):
 
 
 def prepare() -> None:
-    """Refuse versions that are known to be wrong; in the command, end quietly on signals.
+    """Refuse versions that are known to be wrong; set up signals and progress of the command.
+
+    Nothing is set up where the package is imported by another program.
 
     Raises:
         ImportError: one of `KNOWN_WRONG` is installed; the command exits with that sentence.
@@ -41,6 +48,8 @@ def prepare() -> None:
     command = Path(sys.argv[0]).name == "mxd-lens" or _is_module()
     if command:
         leave_on_signals()
+        if not os.isatty(2):
+            progress_in_lines()
     try:
         check_versions()
     except ImportError as error:
@@ -72,6 +81,24 @@ def leave_on_signals() -> None:
     """End the process at once: nothing has been begun, or everything is done."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _leave)
+
+
+def progress_in_lines() -> None:
+    """Print each progress bar of this process as a line now and then, and one when it is done.
+
+    It holds for tqdm's bars of other libraries too, which may not be made with its settings:
+    those of SAELens' trainer are refreshed explicitly.
+    """
+    tqdm.display = _print_line
+
+
+def _print_line(self: Any, msg: str | None = None, pos: int | None = None) -> None:
+    """Show a bar, as tqdm calls it; it ends the last line itself, and wipes out with ``msg=""``."""
+    now, closing = time.monotonic(), self.disable
+    last = vars(self).setdefault("last_line", now)
+    if msg is None and (closing or now - last >= PROGRESS_INTERVAL):
+        self.last_line = now
+        self.fp.write(f"{self}" if closing else f"{self}\n")
 
 
 @contextmanager

