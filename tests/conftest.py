@@ -225,7 +225,6 @@ TINY_RUN = {
     "context_size": 8,
     "lm_batch_size": 4,
     "heldout_documents": 40,
-    "n_checkpoints": 0,
     "device": "cpu",
 }
 

@@ -33,7 +33,7 @@ def main() -> None:
     mxd = MxD(MxDConfig(d_in=d, d_out=d, d_hidden=1536, d_sae=6906, k=32, device=DEVICE))
     acts_hook = f"blocks.{LAYER}.mlp.hook_sae_acts_post"
     print(f"torch {torch.__version__}, {DEVICE}, {torch.get_num_threads()} threads; tokens/s\n")
-    print("| | original | MxD | floor | MxD, coefficients hooked | MxD, output hooked |")
+    print("| | original | MxD | floor | MxD, activations hooked | MxD, output hooked |")
     print("|---|---|---|---|---|---|")
     for batch in (1, 32):
         tokens = torch.randint(100, 40_000, (batch, N_READ), device=DEVICE)

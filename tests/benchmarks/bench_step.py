@@ -28,14 +28,8 @@ from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
 from torch import Tensor
 from torch.utils.benchmark import Timer
 
-from mxd_lens import (
-    TrainingMxD,
-    TrainingMxDConfig,
-    TrainingTopKSkipTranscoder,
-    TrainingTopKSkipTranscoderConfig,
-    TrainingTopKTranscoder,
-    TrainingTopKTranscoderConfig,
-)
+from mxd_lens.layers import answers, config_class
+from mxd_lens.layers.mxd import MxD
 
 try:
     from sparsify import SparseCoder, SparseCoderConfig  # type: ignore[import-not-found]
@@ -50,8 +44,8 @@ N_RUNS = 3
 Step = Callable[[], None]
 
 
-def dense_loss(sae: TrainingMxD, x: Tensor, y: Tensor) -> Tensor:
-    """The layer as the paper's reference computes it, every coefficient in memory."""
+def dense_loss(sae: MxD, x: Tensor, y: Tensor) -> Tensor:
+    """The layer as the paper's reference computes it, every activation in memory."""
     pre = torch.einsum("bi,in->bn", x, sae.W_enc) + sae.b_enc
     values, indices = pre.topk(sae.cfg.k, dim=-1)
     acts = torch.zeros_like(pre).scatter(-1, indices, values.relu())
@@ -62,10 +56,15 @@ def dense_loss(sae: TrainingMxD, x: Tensor, y: Tensor) -> Tensor:
     return ((y_hat - y).square() / y.norm(dim=-1, keepdim=True)).mean()
 
 
-def new_mxd(recipe: str = "paper", d: int = D_MODEL, n: int = D_SAE, k: int = K, h: int = D_HIDDEN):
+def new_layer(architecture: str, **shape: Any) -> Any:
+    """A layer in training."""
+    cfg = config_class(architecture)(device=DEVICE, **shape)
+    return answers(architecture).training_class()(cfg)
+
+
+def new_mxd(architecture: str, d: int = D_MODEL, n: int = D_SAE, k: int = K, h: int = D_HIDDEN):
     """An MxD with no weight at zero."""
-    cfg = TrainingMxDConfig(d_in=d, d_out=d, d_hidden=h, d_sae=n, k=k, recipe=recipe, device=DEVICE)  # type: ignore[arg-type]
-    sae = TrainingMxD(cfg)
+    sae = new_layer(architecture, d_in=d, d_out=d, d_hidden=h, d_sae=n, k=k)
     torch.nn.init.normal_(sae.W_shared, std=0.02)
     return sae
 
@@ -110,7 +109,7 @@ def sparsify_steps(x: Tensor, y: Tensor) -> dict[str, Step]:
     }
 
 
-def floor_of(sae: TrainingMxD, x: Tensor, autocast: bool = False) -> Step:
+def floor_of(sae: MxD, x: Tensor, autocast: bool = False) -> Step:
     """What no exact implementation can avoid."""
 
     def step() -> None:
@@ -147,7 +146,7 @@ def _peak_memory() -> tuple[float, float]:
         batch[:, :D_MODEL] @ torch.randn(D_MODEL, 8, device=DEVICE, requires_grad=True)
     ).sum().backward()
     before = _most_memory()
-    sae = new_mxd("paper")
+    sae = new_mxd("mxd_paper")
     optimiser = torch.optim.Adam(sae.parameters(), fused=True)
     step_input = TrainStepInput(batch, {}, None, 0, False)
     for _ in range(3):
@@ -182,12 +181,11 @@ def main() -> None:
     print(f"{platform.machine()}, {platform.processor() or platform.system()}")
     batch = torch.randn(BATCH, 2 * D_MODEL, device=DEVICE)
     x, y = batch.split(D_MODEL, dim=-1)
-    mxd, centred = new_mxd("paper"), new_mxd("centred")
-    shape = {"d_in": D_MODEL, "d_sae": N_UNITS, "k": K, "device": DEVICE}
-    pair = {**shape, "d_out": D_MODEL}
-    transcoder = TrainingTopKTranscoder(TrainingTopKTranscoderConfig(**pair))
-    skip = TrainingTopKSkipTranscoder(TrainingTopKSkipTranscoderConfig(**pair))
-    topk = TopKTrainingSAE(TopKTrainingSAEConfig(**shape))
+    mxd, default = new_mxd("mxd_paper"), new_mxd("mxd")
+    shape = {"d_in": D_MODEL, "d_sae": N_UNITS, "k": K}
+    transcoder = new_layer("topk_transcoder", d_out=D_MODEL, **shape)
+    skip = new_layer("topk_skip_transcoder", d_out=D_MODEL, **shape)
+    topk = TopKTrainingSAE(TopKTrainingSAEConfig(device=DEVICE, **shape))
     torch.testing.assert_close(
         mxd.training_forward_pass(TrainStepInput(batch, {}, None, 0, False)).loss,
         dense_loss(mxd, x, y),
@@ -202,7 +200,7 @@ def main() -> None:
     steps = {
         "floor": floor_of(mxd, x),
         "MxD": forward_and_backward(mxd, batch),
-        "MxD, default recipe": forward_and_backward(centred, batch),
+        "MxD, default recipe": forward_and_backward(default, batch),
         "MxD, dense einsum": dense,
         "SAELens' TopK SAE": forward_and_backward(topk, x),
         "transcoder": forward_and_backward(transcoder, batch),
@@ -210,7 +208,7 @@ def main() -> None:
         **sparsify_steps(x, y),
         "floor, bfloat16": floor_of(mxd, x, autocast=True),
         "MxD, bfloat16": forward_and_backward(mxd, batch, autocast=True),
-        "MxD, default recipe, bfloat16": forward_and_backward(centred, batch, autocast=True),
+        "MxD, default recipe, bfloat16": forward_and_backward(default, batch, autocast=True),
     }
     times = milliseconds(steps)
     floors = {name: "floor, bfloat16" if "bfloat16" in name else "floor" for name in times}
@@ -230,7 +228,7 @@ def main() -> None:
     times_k = milliseconds({"floor": floor_of(mxd, x), **by_k}, 2.0)
     show("The same MxD by k", times_k, dict.fromkeys(times_k, "floor"))
 
-    big = new_mxd("paper", d=2048, n=32_768, k=64, h=8192)
+    big = new_mxd("mxd_paper", d=2048, n=32_768, k=64, h=8192)
     wide = torch.randn(BATCH, 4096, device=DEVICE)
     times_big = milliseconds(
         {"floor": floor_of(big, wide[:, :2048]), "MxD": forward_and_backward(big, wide)}, 2.0

@@ -22,13 +22,13 @@ from sae_lens.training.sae_trainer import SAETrainer
 
 from mxd_lens import TrainConfig, load_model, train
 from mxd_lens.data.activations import pairs
-from mxd_lens.layers.base import TrainingTopKLayer
+from mxd_lens.layers.base import TrainingPairLayer
 
 DEVICE = os.environ.get("DEVICE", "cpu")
 REST = "the rest of the trainer"
 PARTS: dict[str, tuple[Any, str]] = {
     "language model": (ActivationsStore, "get_multi_hook_activations"),
-    "layer, forward": (TrainingTopKLayer, "training_forward_pass"),
+    "layer, forward": (TrainingPairLayer, "training_forward_pass"),
     "layer, backward": (torch.Tensor, "backward"),
     "optimiser": (torch.optim.Adam, "step"),
     "checkpoints": (SAETrainer, "save_checkpoint"),

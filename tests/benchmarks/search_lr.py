@@ -1,4 +1,4 @@
-"""Which learning rate suits each architecture: the search behind `mxd_lens.runs.config.BEST_LR`.
+"""Which learning rate suits each architecture: the search behind each `default_lr`.
 
     make search
 
@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from sae_lens import SAE
 
-from mxd_lens import CompareConfig, load_model, train
+from mxd_lens import CompareConfig, Site, load_model, train
 from mxd_lens.data.activations import stored_pairs
-from mxd_lens.models.site import hooks_of
+from mxd_lens.layers import layer_of
 from mxd_lens.runs.train import fill_activations
 
 LEARNING_RATES = [1e-3, 3e-3, 1e-2, 3e-2]
@@ -26,33 +26,35 @@ N_VALIDATION = 40_960
 
 
 @torch.no_grad()
-def measure(sae: SAE, validation: torch.Tensor, d_in: int) -> tuple[float, float]:
+def measure(sae: SAE, validation: torch.Tensor, d_in: int) -> tuple[float, float | None]:
     """(fraction of variance unexplained, share of units that fire)"""
-    hook_in, hook_out = hooks_of(sae)
+    layer = layer_of(sae)
     errors, fired = [], torch.zeros(sae.cfg.d_sae)
     for batch in validation.split(2048):
         x, y = batch[:, :d_in], batch[:, d_in:]
-        y_hat, cache = sae.run_with_cache(
-            y if hook_in == hook_out else x, names_filter="hook_sae_acts_post"
-        )
-        errors.append((y_hat - y).square().sum(-1))
-        fired += (cache["hook_sae_acts_post"] > 0).sum(0)
+        read = x if layer.reads_input else y
+        errors.append((sae(read) - y).square().sum(-1))
+        if layer.has_experts:
+            fired += layer.codes(read).firings()[1].bincount(minlength=len(fired))
     variance = (validation[:, d_in:] - validation[:, d_in:].mean(0)).square().sum()
-    return (torch.cat(errors).sum() / variance).item(), (fired > 0).float().mean().item()
+    alive = (fired > 0).float().mean().item() if layer.has_experts else None
+    return (torch.cat(errors).sum() / variance).item(), alive
 
 
 def main() -> None:
     model = load_model(SEARCH.model, SEARCH.model_class, SEARCH.device)
+    site = Site.at(model, SEARCH.layer)
     activations = Path(SEARCH.output) / "activations"
     n_tokens = SEARCH.training_tokens + N_VALIDATION
-    fill_activations(replace(SEARCH, training_tokens=n_tokens), activations, model)
+    fill_activations(replace(SEARCH, training_tokens=n_tokens), activations, site)
     validation = stored_pairs(activations, n_tokens)[SEARCH.training_tokens :].float()
     print("| architecture | learning rate | FVU | alive |\n|---|---|---|---|", flush=True)
     for (name, _, _), run in SEARCH.runs().items():
         for lr in LEARNING_RATES:
             sae = train(replace(run, lr=lr, output=f"{run.output}-lr{lr:g}"), model)
             fvu, alive = measure(sae, validation, model.cfg.d_model)
-            print(f"| {name} | {lr:g} | {fvu:.4f} | {alive:.0%} |", flush=True)
+            shown = "" if alive is None else f"{alive:.0%}"
+            print(f"| {name} | {lr:g} | {fvu:.4f} | {shown} |", flush=True)
 
 
 if __name__ == "__main__":

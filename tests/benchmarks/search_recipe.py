@@ -17,14 +17,12 @@ from typing import Any
 
 from datasets import Dataset
 
-from mxd_lens import CompareConfig, load_model, train
+from mxd_lens import CompareConfig, Site, load_model, train
 from mxd_lens.analysis.faithfulness import evaluate
 from mxd_lens.data.reading import read_heldout, text_activations
 from mxd_lens.data.text import split_documents
 from mxd_lens.demo.corpora import wikipedia
-from mxd_lens.models.site import mlp_hooks
 from mxd_lens.runs.compare import probe_scores
-from mxd_lens.runs.config import load_documents
 
 CANDIDATES = [(3e-3, 0.3), (3e-3, 0.0), (1e-2, 0.3), (1e-2, 0.0)]
 """(peak learning rate, aux_loss_coefficient)"""
@@ -52,12 +50,11 @@ def topics() -> Dataset:
 
 def main() -> None:
     model = load_model(COMPARISON.model, COMPARISON.model_class, COMPARISON.device)
-    hooks = mlp_hooks(model, COMPARISON.layer)
-    _, heldout = load_documents(COMPARISON)
+    site = Site.at(model, COMPARISON.layer)
+    _, heldout = COMPARISON.documents()
     assert isinstance(heldout, Dataset)
     validation = read_heldout(
-        model,
-        hooks,
+        site,
         heldout.select(range(FIRST_DOCUMENT, len(heldout))),
         context_size=COMPARISON.context_size,
         device=COMPARISON.device,
@@ -66,7 +63,7 @@ def main() -> None:
         autocast=True,
     )
     labelled = topics()
-    activations = text_activations(model, labelled["text"], hooks, autocast=True)
+    activations = text_activations(site, labelled["text"], autocast=True)
     for run in replace(COMPARISON, seeds=SEEDS).runs().values():
         for lr, coefficient in CANDIDATES:
             candidate = {"lr": lr, "aux_loss_coefficient": coefficient, "seed": run.seed}

@@ -5,9 +5,9 @@ import time
 
 import pytest
 
-from mxd_lens.report.page import write_report
+from mxd_lens.report.page import write_comparison_page, write_report
 
-from ..unit.test_report import HOSTILE, write_comparison
+from ..unit import test_report as made
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(
@@ -51,11 +51,24 @@ class Reader:
     def wait_for_expert(self, i):
         self.wait(lambda: self.all("#detail h3") and self.text("#detail h3").startswith(f"#{i}"))
 
+    def open_expert(self, i):
+        self.one(f"#option-{i}").click()
+        self.wait_for_expert(i)
+
+    def draw(self, plot):
+        self.driver.execute_script("arguments[0].scrollIntoView()", plot)
+        self.wait(lambda: plot.find_elements("css selector", ".main-svg"))
+
     def width(self, width):
         self.driver.execute_cdp_cmd(
             "Emulation.setDeviceMetricsOverride",
             {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False},
         )
+
+    def fits(self, width):
+        """Nothing reaches beyond a screen of this width, but within boxes that scroll."""
+        self.width(width)
+        return self.driver.execute_script("return document.documentElement.scrollWidth") <= width
 
     def console(self):
         return [entry["message"] for entry in self.driver.get_log("browser")]
@@ -76,13 +89,12 @@ def driver():
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
-    run = write_comparison(tmp_path_factory.mktemp("report") / "compare")
+    run = made.write_comparison(tmp_path_factory.mktemp("report") / "compare")
     return write_report(run).as_uri()
 
 
-@pytest.fixture
-def page(driver, address):
-    """The page, opened anew, on a wide screen; whatever is done to it, nothing may go wrong."""
+def opened(driver, address):
+    """A page, opened anew, on a wide screen; whatever is done to it, nothing may go wrong."""
     reader = Reader(driver)
     reader.width(1200)
     driver.get("about:blank")
@@ -92,6 +104,20 @@ def page(driver, address):
     assert reader.console() == []
     assert reader.all("img, iframe") == []
     assert driver.execute_script("return window.pwned === undefined")
+
+
+@pytest.fixture
+def page(driver, address):
+    yield from opened(driver, address)
+
+
+@pytest.fixture
+def comparison(driver, tmp_path):
+    """The page of a comparison at one k, with experts of whom only contexts are known."""
+    results = made.write_rows(tmp_path, {}, {"architecture": "topk_transcoder"}, made.CONTROL)
+    made.write_run(tmp_path / "mxd", experts=made.UNDESCRIBED)
+    write_comparison_page(results)
+    yield from opened(driver, (tmp_path / "results.html").as_uri())
 
 
 def test_meaningful_experts_come_first(page):
@@ -125,7 +151,7 @@ def test_search(page, words, found):
         ("density: fires least often", [0, 2, 3, 7, 9]),
         ("coherence of contexts", [3, 2, 7, 0, 9]),
         ("writes what it fires on", [2, 7, 0, 3, 9]),
-        ("mean coefficient", [2, 7, 0, 3, 9]),
+        ("mean activation", [2, 7, 0, 3, 9]),
         ("best probe F1, fewest features first", [2, 7, 3, 0, 9]),
         ("number", [0, 2, 3, 7, 9]),
     ],
@@ -139,7 +165,7 @@ def test_experts_of_a_class(page):
     page.choose("#order", "number")
     page.choose("#class", "cats")
     assert page.ids() == [7, 2, 3]
-    page.choose("#class", HOSTILE)
+    page.choose("#class", made.HOSTILE)
     assert page.ids() == [0]
     assert page.text("#status") == "1 of 5 experts; 1 of the class fired nowhere here"
     page.choose("#class", "any")
@@ -147,27 +173,25 @@ def test_experts_of_a_class(page):
 
 
 def test_a_click_shows_the_expert(page):
-    page.one("#option-2").click()
-    page.wait_for_expert(2)
+    page.open_expert(2)
     assert page.driver.current_url.endswith("#expert-2")
     assert page.one("[aria-selected=true]").get_attribute("id") == "option-2"
     marks = [mark.get_property("textContent") for mark in page.all("mark")]
     assert marks == [" cat", " near", "↵"]
-    assert page.all("mark")[0].get_attribute("title") == "coefficient 4"
+    assert page.all("mark")[0].get_attribute("title") == "activation 4"
     first, second, third = (c.get_property("textContent") for c in page.all(".context .text"))
-    assert first == f" the cat↵ sat{HOSTILE} on" and third == first
+    assert first == f" the cat↵ sat{made.HOSTILE} on" and third == first
     assert second == f"… {' far' * 24} near{' beyond' * 12} …"
     headings = [heading.text for heading in page.all("#detail h4")]
     assert headings[0] == "Strongest contexts"
-    assert headings[-1] == "Contexts at the 25% quantile of its coefficient"
+    assert headings[-1] == "Contexts at the 25% quantile of its activation"
     assert len(page.all("#detail svg rect")) == 20
     tokens = [token.get_property("textContent") for token in page.all(".token")]
     assert tokens == [" kitten+1.2", "↵+0.5", " rock-0.5"]
 
 
 def test_the_whole_text(page):
-    page.one("#option-2").click()
-    page.wait_for_expert(2)
+    page.open_expert(2)
     page.one(".context button").click()
     whole = page.all(".context .text")[1].get_property("textContent")
     assert whole == f"{' far' * 30} near{' beyond' * 20}"
@@ -186,8 +210,7 @@ def test_the_keyboard(page):
 
 
 def test_links(page):
-    page.one("#option-2").click()
-    page.wait_for_expert(2)
+    page.open_expert(2)
     links = page.all("#detail a")
     assert [link.get_attribute("href").split("#")[1] for link in links] == ["expert-7", "expert-0"]
     links[0].click()
@@ -197,8 +220,7 @@ def test_links(page):
 
 
 def test_the_classes_of_an_expert(page):
-    page.one("#option-7").click()
-    page.wait_for_expert(7)
+    page.open_expert(7)
     assert "rank 1; F1 0.5 by itself" in page.text("#detail")
     page.one("#detail li button").click()
     assert page.ids() == [7, 2, 3]
@@ -208,7 +230,7 @@ def test_a_link_opens_an_expert(page, address):
     page.driver.get("about:blank")
     page.driver.get(f"{address}#expert-0")
     page.wait_for_expert(0)
-    assert page.text("#detail h3") == f"#0{HOSTILE}"
+    assert page.text("#detail h3") == f"#0{made.HOSTILE}"
     assert page.text(".sample").startswith("steered")
     assert page.one("#option-0").get_attribute("aria-selected") == "true"
     page.driver.get(f"{address}#expert-11")
@@ -219,15 +241,13 @@ def test_every_figure_is_drawn(page):
     plots = page.all(".plot")
     assert len(plots) == 6
     for plot in plots:
-        page.driver.execute_script("arguments[0].scrollIntoView()", plot)
-        page.wait(lambda plot=plot: plot.find_elements("css selector", ".main-svg"))
+        page.draw(plot)
         assert plot.rect["width"] <= 1200
 
 
 def test_the_sample_of_a_steered_expert(page):
     plot = page.all(".plot")[-1]
-    page.driver.execute_script("arguments[0].scrollIntoView()", plot)
-    page.wait(lambda: plot.find_elements("css selector", ".main-svg"))
+    page.draw(plot)
     page.driver.execute_script(
         "Plotly.Fx.hover(arguments[0], [{curveNumber: 0, pointNumber: 0}])", plot
     )
@@ -236,11 +256,9 @@ def test_the_sample_of_a_steered_expert(page):
 
 
 def test_a_narrow_screen(page):
-    page.width(400)
-    assert page.driver.execute_script("return document.documentElement.scrollWidth") <= 400
+    assert page.fits(400)
     page.one("#search").send_keys("dogs")
-    page.one("#option-7").click()
-    page.wait_for_expert(7)
+    page.open_expert(7)
     top = "return arguments[0].getBoundingClientRect().top"
     detail = page.one("#detail")
     page.wait(lambda: 0 <= page.driver.execute_script(top, detail) < 200)
@@ -248,4 +266,16 @@ def test_a_narrow_screen(page):
     page.one("#back").click()
     assert page.driver.switch_to.active_element.get_attribute("id") == "list"
     assert page.driver.execute_script(top, page.one("#list")) > 0
-    assert page.driver.execute_script("return document.documentElement.scrollWidth") <= 400
+    assert page.fits(400)
+
+
+def test_a_comparison_with_the_contexts_of_experts(comparison):
+    for plot in comparison.all(".plot"):
+        comparison.draw(plot)
+    bars = [bar.get_property("textContent") for bar in comparison.all(".bartext")]
+    assert bars == ["+0.0625", "+0.0625", "+0.1250", "+0.1875", "+0.1875"]
+    comparison.open_expert(1)
+    assert len(comparison.all(".context")) == 2 and not comparison.all(".token, .sample")
+    assert "agreement" not in comparison.text("#browser") + comparison.text("#order")
+    assert not comparison.one("#class").is_displayed()
+    assert comparison.fits(1300) and comparison.fits(400)

@@ -10,9 +10,9 @@ from sae_lens.saes.sae import SAEMetadata
 
 from mxd_lens import MxD, load_model
 from mxd_lens.analysis.embedding import coherence, embed
-from mxd_lens.analysis.steering import effect_amounts, generate_steered, steer
-from mxd_lens.demo import wheels as assets
-from mxd_lens.models.site import mlp_hooks
+from mxd_lens.analysis.steering import calibrate_strength, generate_steered, steer
+from mxd_lens.demo import models
+from mxd_lens.models.site import Site
 
 
 def test_paraphrases_are_closer_than_unrelated_sentences():
@@ -51,24 +51,28 @@ def model(request):
 
 
 @pytest.fixture
-def mxd(model):
+def site(model):
+    return Site.at(model, 6)
+
+
+@pytest.fixture
+def mxd(site):
     """The MLP in eight equal parts, four of which are always on."""
-    mxd = MxD.from_mlp(model.blocks[6].mlp, d_sae=8, k=4)
-    hook_in, hook_out = mlp_hooks(model, 6)
-    mxd.cfg.metadata = SAEMetadata(hook_name=hook_in, hook_name_out=hook_out)
+    mxd = MxD.from_mlp(site.model.blocks[6].mlp, d_sae=8, k=4)
+    mxd.cfg.metadata = SAEMetadata(hook_name=site.hook_in, hook_name_out=site.hook_out)
     return mxd
 
 
 @torch.no_grad()
-def test_half_of_the_mlp_more_is_one_and_a_half_times_its_output(model, mxd):
+def test_half_of_the_mlp_more_is_one_and_a_half_times_its_output(site, mxd):
+    model = site.model
     tokens = model.to_tokens(PROMPT)
     original, cache = model.run_with_cache(tokens)
-    x, y = (cache[hook][0, 1:] for hook in mlp_hooks(model, 6))
-    (amount,) = effect_amounts(mxd, [7], 0.5, x, y.norm(dim=-1).mean().item())
+    x, y = (cache[hook][0, 1:] for hook in site.hooks)
+    (amount,) = calibrate_strength(mxd, [7], 0.5, x, y.norm(dim=-1).mean().item())
     assert amount.item() == pytest.approx(0.5, rel=1e-3)
-    expected = model.run_with_hooks(
-        tokens, fwd_hooks=[(mlp_hooks(model, 6)[1], lambda y, hook: 1.5 * y)]
-    )
+    more = [(site.hook_out, lambda y, hook: 1.5 * y)]
+    expected = model.run_with_hooks(tokens, fwd_hooks=more)
     assert (expected - original).abs().max() > 0.1
     with model.saes([mxd], use_error_term=True), steer(model, mxd, [7], add=amount):
         torch.testing.assert_close(model(tokens), expected, rtol=1e-3, atol=5e-3)

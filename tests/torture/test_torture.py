@@ -74,7 +74,7 @@ def commands(llama_folder, tmp_path_factory):
     text.write_text("\n\n".join(documents))
     common = ["--model", llama_folder, "--layer", 1, "--dataset", text, "--device", "cpu"]
     common += ["--training_tokens", 32 * 150, "--batch_size", 32, "--context_size", 8]
-    common += ["--lm_batch_size", 4, "--heldout_documents", 40, "--n_checkpoints", 8]
+    common += ["--lm_batch_size", 4, "--heldout_documents", 40]
     one = ["train", *common, "--k", 3, "--d_sae", 12, "--output"]
     many = ["compare", *common, "--k", 2, 3, "--architectures", "mxd", "topk_transcoder"]
     many += ["--expansion", 8, "--n_sequences", 4, "--output"]

@@ -11,6 +11,7 @@ from mxd_lens.analysis.probing import pool_layer, probe
 from mxd_lens.cli import main
 from mxd_lens.data.labelled import load_labelled
 from mxd_lens.data.reading import text_activations
+from mxd_lens.models.site import Site
 from mxd_lens.runs.analyse import (
     ExpertsConfig,
     ProbeConfig,
@@ -24,13 +25,16 @@ from mxd_lens.runs.analyse import (
 )
 from mxd_lens.runs.train import train
 
+from ..helpers import letters
+
 
 @pytest.fixture
 def runs(llama_folder, documents, make_config, tmp_path, one_thread):
-    """A folder with two finished runs of a tiny model, and one that is not."""
+    """A folder with three finished runs of a tiny model, a dense control's among them, and one
+    that is not finished."""
     text = tmp_path / "text.jsonl"
     documents.to_json(text)
-    for architecture in ("mxd", "topk"):
+    for architecture in ("mxd", "topk", "dense"):
         folder = tmp_path / "runs" / architecture
         common = {"model": str(llama_folder), "dataset": str(text), "output": str(folder)}
         train(make_config(architecture=architecture, **common))
@@ -54,12 +58,7 @@ def labelled(tmp_path):
 
 @pytest.fixture
 def offline(monkeypatch):
-    """Sentence embeddings without a model: how often each letter occurs."""
-
-    def letters(texts, **_):
-        counts = [[text.count(letter) for letter in "abcdefghijklmnopqrstuvwxyz"] for text in texts]
-        return torch.nn.functional.normalize(torch.tensor(counts, dtype=torch.float32), dim=-1)
-
+    """Sentence embeddings without a model."""
     monkeypatch.setattr("mxd_lens.runs.analyse.embed", letters)
     monkeypatch.setattr("mxd_lens.analysis.judge.embed", letters)
 
@@ -74,19 +73,23 @@ class TestProbe:
         assert paths == [runs / "mxd" / "probe.json", runs / "topk" / "probe.json"]
         reports = [json.loads(path.read_text()) for path in paths]
         for report, name in zip(reports, ["mxd", "topk"], strict=True):
-            assert {row["name"] for row in report["summary"]} == {name, "neurons", "majority"}
+            assert {row["architecture"] for row in report["summary"]} == {
+                name,
+                "neurons",
+                "majority",
+            }
             assert {row["n_features"] for row in report["summary"]} == {0, 1, 2, 5, None}
 
         texts = load_labelled(config.data[0], n_texts=40)
-        (run,) = [run for run in config.runs() if run.name == "topk"]
+        (run,) = [run for run in config.runs() if run.architecture == "topk"]
         sae = train(run)
-        hooks = [sae.cfg.metadata.hook_name]
-        activations = text_activations(tiny_bridge, texts["text"], hooks, context_size=8)
+        site = Site.of(tiny_bridge, sae)
+        activations = text_activations(site, texts["text"], context_size=8)
         expected = probe(pool_layer(sae, activations), texts["label"], n_features=(2,), seed=1)
         found = [
             row
             for row in reports[1]["rows"]
-            if (row["name"], row["n_features"], row["seed"]) == ("topk", 2, 1)
+            if (row["architecture"], row["n_features"], row["seed"]) == ("topk", 2, 1)
         ]
         assert [row["f1"] for row in found] == [row["f1"] for row in expected]
         assert [row["features"] for row in found] == [row["features"] for row in expected]
@@ -110,16 +113,29 @@ class TestProbe:
             run_probe(config)
 
     def test_a_layer_without_k_and_layers_of_several_places(self, config, runs, make_config):
-        (run,) = [run for run in config.runs() if run.name == "topk"]
+        (run,) = [run for run in config.runs() if run.architecture == "topk"]
         common = {"model": run.model, "dataset": run.dataset}
         train(make_config(architecture="jumprelu", output=str(runs / "jumprelu"), **common))
         path = next(path for path in run_probe(config) if path.parent.name == "jumprelu")
         assert {row["k"] for row in json.loads(path.read_text())["rows"]} == {None}
         config.k = 3
-        assert {run.name for run in config.runs()} == {"mxd", "topk"}
+        assert {run.architecture for run in config.runs()} == {"mxd", "topk"}
         train(make_config(architecture="topk", layer=0, output=str(runs / "below"), **common))
         with pytest.raises(ValueError, match="several places"):
             config.runs()
+
+    def test_a_dense_control_is_left_out(self, config, runs, capsys):
+        run_probe(config)
+        assert "dense is left out: a dense control has no experts" in capsys.readouterr().out
+        assert not (runs / "dense" / "probe.json").exists()
+        config.run = str(runs / "dense")
+        for analyse, cfg_class in (
+            (run_probe, ProbeConfig),
+            (run_experts, ExpertsConfig),
+            (run_steer, SteerConfig),
+        ):
+            with pytest.raises(ValueError, match="dense holds no layer with experts"):
+                analyse(cfg_class(run=config.run))
 
     def test_folders_without_finished_runs(self, config, runs, tmp_path):
         config.run = str(runs / "unfinished")
@@ -158,8 +174,18 @@ class TestExperts:
         with pytest.raises(ValueError, match=r"n_tokens=.*ask for the same"):
             run_experts(config)
 
-    def test_samples_that_are_missing_are_made(self, runs, offline, monkeypatch):
-        config = ExpertsConfig(run=str(runs / "mxd"), n_tokens=400, prompt="the cat")
+    def test_effects_and_samples_that_are_missing_are_made(self, runs, offline, monkeypatch):
+        config = ExpertsConfig(
+            run=str(runs / "mxd"), n_tokens=400, prompt="the cat", effect_strength=0
+        )
+        config.sample_strength = 0
+
+        def described():
+            (path,) = run_experts(config)
+            return json.loads(path.read_text())
+
+        contexts = described()
+        config.sample_strength, config.effect_strength = 3.0, 2.0
 
         def interrupt(*_, **__):
             raise KeyboardInterrupt
@@ -168,15 +194,19 @@ class TestExperts:
             patch.setattr("mxd_lens.runs.analyse.generate_steered", interrupt)
             with pytest.raises(KeyboardInterrupt):
                 run_experts(config)
-        before = json.loads((runs / "mxd" / "experts.json").read_text())
+        effects = json.loads((runs / "mxd" / "experts.json").read_text())
         monkeypatch.setattr("mxd_lens.runs.analyse.inspect_experts", None)
-        (path,) = run_experts(config)
-        after = json.loads(path.read_text())
-        for expert in after["experts"]:
-            assert expert.pop("sample").startswith("the cat")
-        for expert in before["experts"]:
-            assert expert.pop("sample") is None
-        assert after == before
+        samples = described()
+        assert samples["asked"].pop("samples")["prompt"] == "the cat"
+        for expert in samples["experts"]:
+            assert expert["sample"].startswith("the cat")
+            expert["sample"] = None
+        assert samples == effects
+        assert effects["asked"].pop("effects") == {"effect_strength": 2.0}
+        for expert in effects["experts"]:
+            assert expert["promoted"] and expert["suppressed"]
+            expert |= dict.fromkeys(("promoted", "suppressed", "agreement"))
+        assert effects == contexts
 
 
 class TestSteer:
@@ -187,7 +217,7 @@ class TestSteer:
             experts=[1, 5],
             strengths=[0.5, 2.0],
             n_samples=3,
-            n_tokens=4,
+            sample_tokens=4,
             prompt="the cat",
         )
 
@@ -196,7 +226,7 @@ class TestSteer:
         assert paths == [runs / "mxd" / "steering.json", runs / "topk" / "steering.json"]
         for path, name in zip(paths, ["mxd", "topk"], strict=True):
             rows = json.loads(path.read_text())["rows"]
-            assert [(row["name"], row["strength"], row["expert"]) for row in rows] == [
+            assert [(row["architecture"], row["strength"], row["expert"]) for row in rows] == [
                 (name, strength, expert) for strength in (0.5, 2.0) for expert in (1, 5)
             ]
             assert all(len(row["samples"]) == 3 for row in rows)
@@ -224,7 +254,7 @@ class TestSteer:
             run_steer(config)
 
     def test_random_units_are_live_and_decided_by_the_seed(self, config, runs):
-        run = next(run for run in config.runs() if run.name == "topk")
+        run = next(run for run in config.runs() if run.architecture == "topk")
         some = random_units(run, 4)
         assert len(set(some)) == 4 and some == random_units(run, 4) != random_units(run, 4, seed=1)
         sparsity = torch.full((12,), -10.0)
@@ -240,13 +270,14 @@ def test_probe_experts_steer_and_report_from_the_shell(runs, labelled, offline, 
     assert "| neurons |" in capsys.readouterr().out
     main(["experts", str(run), "--n_tokens", "400", "--sample_tokens", "3"])
     assert "are meaningful" in capsys.readouterr().out
-    steering = ["--n_experts", "2", "--strengths", "1", "--n_samples", "2", "--n_tokens", "3"]
+    steering = ["--n_experts", "2", "--strengths", "1", "--n_samples", "2"]
+    steering += ["--sample_tokens", "3"]
     main(["steer", str(run), *steering])
     assert "| mxd | 1 | 2 |" in capsys.readouterr().out
     main(["report", str(run)])
     assert capsys.readouterr().out.strip() == str(run / "report.html")
     assert "mxd-lens experts" not in (run / "report.html").read_text()
     with pytest.raises(
-        SystemExit, match=r"experts.json was made with n_tokens=400, sample_tokens=3, and this"
+        SystemExit, match=r"experts.json was made with n_tokens=400, and this asks for n_tokens=401"
     ):
         main(["experts", str(run), "--n_tokens", "401"])

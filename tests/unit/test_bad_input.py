@@ -11,18 +11,18 @@ from datasets import Dataset
 from mxd_lens import CompareConfig, compare, inspect_experts, steer, train
 from mxd_lens.analysis.embedding import embed
 from mxd_lens.analysis.probing import probe
-from mxd_lens.analysis.steering import effect_amounts, evaluate_steering, generate_steered
+from mxd_lens.analysis.steering import calibrate_strength, evaluate_steering, generate_steered
 from mxd_lens.cli import EvaluateConfig, main
 from mxd_lens.data.labelled import load_labelled
 from mxd_lens.data.reading import read_heldout, text_activations
 from mxd_lens.data.text import load_text, split_documents
 from mxd_lens.files import LOCK
 from mxd_lens.layers.mxd import MxD
-from mxd_lens.models.site import mlp_hooks
+from mxd_lens.models.site import Site
 from mxd_lens.runs.analyse import AnalysisConfig, ExpertsConfig, ProbeConfig, SteerConfig
-from mxd_lens.runs.presets import PRESETS
 
 from ..conftest import TINY_RUN
+from ..helpers import placed
 
 
 class TestConfigurations:
@@ -39,7 +39,7 @@ class TestConfigurations:
             ({"heldout_documents": 0}, "heldout_documents=0: must be at least 1"),
             ({"heldout_documents": -1}, "heldout_documents=-1: must be at least 1"),
             ({"layer": -1}, "layer=-1: must be at least 0"),
-            ({"n_checkpoints": -1}, "n_checkpoints=-1: must be at least 0"),
+            ({"architecture": "relu"}, "unknown architecture 'relu'; known: .*mxd_paper"),
             ({"device": "cuda:99"}, "device='cuda:99': this machine has no such device"),
             ({"device": "meta"}, "device='meta': this machine has no such device"),
             ({"device": "quantum"}, "device='quantum': this machine has no such device"),
@@ -62,7 +62,7 @@ class TestConfigurations:
             ),
             ({"sae_options": '{"device": "meta"}'}, "sae_options must be an object with fields"),
             ({"k": 0, "seed": -1}, "k=0: must be at least 1; seed=-1: must be at least 0"),
-            ({"architecture": "topk", "k": 13}, "k=13 units cannot be active out of d_sae=12"),
+            ({"architecture": "topk", "k": 13}, "k=13 cannot be active out of d_sae=12"),
         ],
     )
     def test_a_run(self, make_config, fields, message):
@@ -83,8 +83,7 @@ class TestConfigurations:
             ({"k": [2, 2]}, r"k=\[2, 2\]: 2 is there twice"),
             ({"seeds": [1, 0, 1]}, "1 is there twice"),
             ({"architectures": ["topk", "topk"]}, "'topk' is there twice"),
-            ({"architectures": ["topk:paper"]}, "'topk:paper', but only an mxd has recipes"),
-            ({"architectures": ["mxd", "mxd:centred"]}, "'mxd' and 'mxd:centred' are the same"),
+            ({"architectures": ["mxd:paper"]}, "unknown architecture 'mxd:paper'; known: "),
             ({"n_sequences": 0}, "n_sequences=0: must be at least 1"),
             ({"n_sequences": -1}, "n_sequences=-1: must be at least 1"),
             ({"k": [2, 2.5]}, r"k\[1\]=2.5: must be a valid integer"),
@@ -119,15 +118,8 @@ class TestConfigurations:
         with pytest.raises(ValueError, match=message):
             cfg_class(run="nowhere", **fields)
 
-    def test_the_same_recipe_is_the_same_folder_by_either_name(self):
-        def folders(name):
-            cfg = CompareConfig(**TINY_RUN | {"output": "out", "k": [2], "architectures": [name]})
-            return [run.output for run in cfg.runs().values()]
-
-        assert folders("mxd") == folders("mxd:centred") == ["out/mxd-k2-seed0"]
-
     def test_a_path_may_be_a_path(self, make_config, tiny_bridge, documents, tmp_path):
-        cfg = make_config(output=tmp_path / "run", n_checkpoints=3)
+        cfg = make_config(output=tmp_path / "run")
         assert asdict(cfg)["output"] == str(tmp_path / "run")
         train(cfg, tiny_bridge, documents)
         assert (tmp_path / "run" / "layer").exists()
@@ -150,7 +142,7 @@ class TestBeforeTheWork:
     ):
         sizes = {"expansion": 4, "architectures": [architecture], "k": [2, 1000]}
         cfg = CompareConfig(**TINY_RUN | {"output": str(tmp_path / "out")} | sizes)
-        with pytest.raises(ValueError, match=r"k=1000 .* cannot be active out of d_sae="):
+        with pytest.raises(ValueError, match=r"k=1000 cannot be active out of d_sae="):
             compare(cfg, tiny_bridge, documents)
         assert [path.name for path in (tmp_path / "out").iterdir()] == [LOCK]
 
@@ -247,24 +239,14 @@ class TestText:
 
 class TestArguments:
     @pytest.fixture
-    def mxd(self, tiny_bridge, with_metadata):
-        return with_metadata(MxD.from_mlp(tiny_bridge.blocks[1].mlp))
-
-    @pytest.fixture
-    def with_metadata(self):
-        def add(mxd):
-            mxd.cfg.metadata.hook_name = "blocks.1.mlp.hook_in"
-            mxd.cfg.metadata.hook_name_out = "blocks.1.mlp.hook_out"
-            return mxd
-
-        return add
+    def mxd(self, tiny_bridge):
+        return placed(MxD.from_mlp(tiny_bridge.blocks[1].mlp), tiny_bridge)
 
     @pytest.mark.parametrize("name", ["n_sequences", "n_tokens", "batch_size", "context_size"])
     def test_reading_heldout_text(self, tiny_bridge, documents, name):
         sizes = {"context_size": 8, name: 0}
         with pytest.raises(ValueError, match=f"{name}=0: must be at least"):
-            hooks = mlp_hooks(tiny_bridge, 1)
-            read_heldout(tiny_bridge, hooks, documents, device="cpu", **sizes)
+            read_heldout(Site.at(tiny_bridge, 1), documents, device="cpu", **sizes)
 
     @pytest.mark.parametrize("name", ["n_tokens", "context_size", "lm_batch_size"])
     def test_inspecting_experts(self, tiny_bridge, mxd, documents, name):
@@ -272,17 +254,18 @@ class TestArguments:
             inspect_experts(tiny_bridge, mxd, documents, **{name: 0})
 
     def test_probes(self, tiny_bridge):
+        site = Site.at(tiny_bridge, 1)
         with pytest.raises(ValueError, match="lm_batch_size=0: must be at least 1"):
-            text_activations(tiny_bridge, ["the cat"], ["blocks.1.mlp.hook_in"], lm_batch_size=0)
+            text_activations(site, ["the cat"], lm_batch_size=0)
         with pytest.raises(ValueError, match="n_texts=0: must be at least 1"):
-            text_activations(tiny_bridge, [], ["blocks.1.mlp.hook_in"])
+            text_activations(site, [])
         with pytest.raises(ValueError, match=r"n_features\[0\]=-1: must be at least 0"):
             probe(np.eye(8), ["a", "b"] * 4, n_features=[-1])
 
     def test_steering(self, tiny_bridge, mxd):
         x, nan = torch.randn(9, 16), float("nan")
         with pytest.raises(ValueError, match="strength=nan: must be a finite number"):
-            effect_amounts(mxd, [0], nan, x, 1.0)
+            calibrate_strength(mxd, [0], nan, x, 1.0)
         with pytest.raises(ValueError, match="temperature=nan: must be a finite number"):
             generate_steered(tiny_bridge, mxd, [0], torch.ones(1), temperature=nan)
         with pytest.raises(ValueError, match="n_samples=0: must be at least 1"):
@@ -300,8 +283,3 @@ class TestArguments:
     def test_embedding(self):
         with pytest.raises(ValueError, match="batch_size=0: must be at least 1"):
             embed(["a text"], batch_size=0)
-
-
-def test_a_preset_whose_warm_up_is_longer_than_the_run():
-    with pytest.raises(ValueError, match="lr_warm_up_steps=5000 and lr_decay_steps=0 are more"):
-        PRESETS["gpt2-124m"].train_config(training_tokens=40_960)

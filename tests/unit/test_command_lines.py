@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from mxd_lens.cli import main
 
 from ..conftest import WORDS
+from ..helpers import letters
 
 number = st.integers(-1, 40).map(str) | st.sampled_from(["", "x", "2.5", "nan", "1_0", "9" * 30])
 real = st.floats(-1, 4, width=16).map(str) | st.sampled_from(["x", "nan", "inf", "-inf", "1e-320"])
@@ -25,9 +26,9 @@ good_text = st.sampled_from(["text.jsonl", "text.txt", "short.txt", "labelled.cs
 bad_text = ["same.txt", "special.txt", "blank.txt", "empty.jsonl", "latin.txt", "broken.jsonl"]
 text = good_text | st.sampled_from([*bad_text, "nothing.txt", "models"])
 labelled = st.sampled_from(["labelled.csv", "lists.jsonl", "text.jsonl", "nothing.csv"])
-architecture = st.sampled_from(["mxd", "topk", "topk_transcoder", "topk_skip_transcoder"])
-architecture |= st.sampled_from(["batchtopk", "jumprelu", "standard", "relu"])
-recipes = st.sampled_from(["mxd", "mxd:paper", "mxd:centred", "mxd:", "topk", "topk:paper"])
+architecture = st.sampled_from(["mxd", "mxd_paper", "topk", "topk_transcoder", "dense"])
+architecture |= st.sampled_from(["topk_skip_transcoder", "batchtopk_mxd", "batchtopk_transcoder"])
+architecture |= st.sampled_from(["batchtopk", "jumprelu", "standard", "relu", "mxd:paper", ""])
 sae_options = ["3", "{", "[]", "{}", '{"k": "three"}', '{"k": 2}', '{"d_sae": 0}']
 sae_options += [
     '{"d_in": 3}',
@@ -51,17 +52,16 @@ RUN = {
     "streaming": yes_or_no,
     "model_class": st.sampled_from(["TransformerBridge", "HookedTransformer", "x"]),
     "autocast": yes_or_no,
-    "n_checkpoints": number,
     "device": st.sampled_from(["cpu", "meta", "quantum", "cuda:99", "cpu:x", ""]),
     "output": st.sampled_from(["text.txt", "text.txt/below"]),
     "model": st.sampled_from(["models", "nothing", "text.txt", ""]),
-    "lr": real,
+    "config_path": st.sampled_from(["text.txt", "own.yaml", "wrong.yaml", "nothing.yaml"]),
 }
 TRAIN = RUN | {
     "architecture": architecture,
     "k": number,
     "d_sae": number,
-    "recipe": st.sampled_from(["centred", "paper", "x"]),
+    "lr": real,
     "sae_options": st.sampled_from(sae_options),
     "lr_warm_up_steps": number,
     "lr_decay_steps": number,
@@ -69,14 +69,20 @@ TRAIN = RUN | {
     "seed": number,
 }
 COMPARE = RUN | {
-    "architectures": st.lists(recipes, max_size=2),
+    "architectures": st.lists(architecture, max_size=2),
     "k": st.lists(number, max_size=2),
     "seeds": st.lists(number, max_size=2),
     "n_sequences": number,
     "probe": labelled,
-    "n_probe_texts": number,
 }
-EVALUATE = {"dataset": text, "text_column": column, "n_sequences": number}
+SOURCE = {name: RUN[name] for name in ("dataset", "dataset_split", "text_column", "streaming")}
+SAMPLING = {
+    "prompt": st.sampled_from(["the cat", "", "</s>", "dog " * 40]),
+    "sample_tokens": number,
+    "temperature": real,
+    "seed": number,
+}
+EVALUATE = SOURCE | {"n_sequences": number}
 PROBE = {
     "k": number,
     "data": st.lists(labelled, max_size=2),
@@ -87,26 +93,21 @@ PROBE = {
     "label_column": column,
 }
 EXPERTS = {
+    **SOURCE,
+    **SAMPLING,
     "k": number,
-    "dataset": text,
-    "text_column": column,
     "n_tokens": number,
     "effect_strength": real,
     "sample_strength": real,
-    "sample_tokens": number,
-    "prompt": st.sampled_from(["the cat", "", "</s>", "dog " * 40]),
 }
 STEER = {
+    **SAMPLING,
     "k": number,
     "experts": st.lists(number, max_size=2),
     "n_experts": st.integers(-1, 3).map(str),
     "strengths": st.lists(real, max_size=2),
     "n_samples": st.integers(-1, 3).map(str),
-    "n_tokens": number,
-    "temperature": real,
-    "prompt": st.sampled_from(["the cat", "", "</s>", "dog " * 40]),
-    "seed": number,
-    "edit": st.sampled_from(["coefficient", "contribution", "x"]),
+    "edit": st.sampled_from(["direction", "activation", "x"]),
 }
 
 
@@ -133,11 +134,6 @@ def no_hang(seconds: int) -> Iterator[None]:
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
-
-
-def letters(texts, **_):
-    counts = [[text.count(letter) + 1 for letter in "abcdefghijklmnopqrstuvwxyz"] for text in texts]
-    return torch.nn.functional.normalize(torch.tensor(counts, dtype=torch.float32), dim=-1)
 
 
 SMALL = {
@@ -178,6 +174,8 @@ def folder(llama_folder, tmp_path_factory):
     (folder / "special.txt").write_text("\n\n".join("</s>" * (1 + i) for i in range(60)))
     (folder / "blank.txt").write_text(" \n\n" * 60)
     (folder / "empty.jsonl").touch()
+    (folder / "own.yaml").write_text("autocast: true\nexpansion: 8\n")
+    (folder / "wrong.yaml").write_text("autocast: maybe\nwidth: 3\n")
     (folder / "latin.txt").write_bytes(b"caf\xe9 \xff")
     (folder / "broken.jsonl").write_text('{"text": "a"}\n{"text": ')
     labels = [f"{text},{'ab'[i % 2]}" for i, text in enumerate(documents)]
@@ -190,7 +188,7 @@ def folder(llama_folder, tmp_path_factory):
         patch.chdir(folder)
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
-        several = {"architectures": ["mxd", "topk"], "output": "finished"}
+        several = {"architectures": ["mxd", "topk", "dense"], "output": "finished"}
         main(["compare", *options(SMALL | COMPARED | several)])
         yield folder
         torch.set_num_threads(threads)
@@ -245,7 +243,8 @@ def examples(n: int):
     return settings(max_examples=n, deadline=None, derandomize=True, database=None, phases=phases)
 
 
-RUNS = st.sampled_from(["out", "out/mxd-k2-seed0", "out/topk-k2-seed0", "nowhere", "text.txt"])
+RUNS = st.sampled_from(["out", "out/mxd-k2-seed0", "out/topk-k2-seed0", "out/dense-seed0"])
+RUNS |= st.sampled_from(["nowhere", "text.txt"])
 
 
 @examples(45)
@@ -287,7 +286,7 @@ def test_experts(analyse, run, values):
 @examples(25)
 @given(run=RUNS, values=some_of(STEER))
 def test_steer(analyse, run, values):
-    values = {"n_samples": "2", "n_tokens": "3", "strengths": ["1"], "experts": ["1"]} | values
+    values = {"n_samples": "2", "sample_tokens": "3", "strengths": ["1"], "experts": ["1"]} | values
     analyse("*/steering.json", "steer", run, *options(values))
 
 

@@ -11,14 +11,14 @@ from sae_lens import SAE
 from mxd_lens import CompareConfig, compare, evaluate
 from mxd_lens.cli import main
 from mxd_lens.data.activations import activations_store, cache_pairs, cached_pairs, stored_pairs
-from mxd_lens.models.site import mlp_hooks
+from mxd_lens.models.site import Site
 from mxd_lens.report.page import write_comparison_page
-from mxd_lens.runs.config import load_documents
+from mxd_lens.runs.compare import COMPARED
+from mxd_lens.runs.results import read_rows
 from mxd_lens.runs.train import Interrupted
 
 from ..conftest import TINY_RUN
-
-NAMES = ["mxd", "mxd:paper", "topk_transcoder", "topk_skip_transcoder", "topk"]
+from ..helpers import STORE
 
 
 @pytest.fixture
@@ -33,20 +33,11 @@ def make_compare(tmp_path):
 @pytest.fixture
 def fill(tiny_bridge, documents, tmp_path):
     """``fill(n_tokens, folder)``: cache activations there."""
-    hooks = mlp_hooks(tiny_bridge, 1)
+    site = Site.at(tiny_bridge, 1)
 
-    def fill(n_tokens, folder="activations", source=None, autocast=False):
-        store = activations_store(
-            tiny_bridge,
-            documents,
-            hooks,
-            context_size=8,
-            batch_size=32,
-            lm_batch_size=4,
-            device="cpu",
-            autocast_lm=autocast,
-        )
-        cache_pairs(tmp_path / folder, store, hooks, n_tokens, source or {"model": "tiny"})
+    def fill(n_tokens, folder="activations", source=None, **options):
+        store = activations_store(site, documents, **STORE | options)
+        cache_pairs(tmp_path / folder, store, site, n_tokens, source or {"model": "tiny"})
         return tmp_path / folder
 
     return fill
@@ -59,7 +50,7 @@ class TestCachedActivations:
         assert len(x.unique(dim=0)) > 50
 
     def test_bfloat16_where_the_model_runs_in_it(self, fill):
-        assert stored_pairs(fill(100, autocast=True), 100).dtype == torch.bfloat16
+        assert stored_pairs(fill(100, autocast_lm=True), 100).dtype == torch.bfloat16
 
     def test_every_batch_once_in_the_seeds_order(self, fill):
         folder = fill(96)
@@ -108,9 +99,17 @@ def test_an_interrupted_comparison_equals_an_undisturbed_one(
     make_compare, tiny_bridge, documents, at_step, tmp_path, one_thread
 ):
     whole = compare(make_compare(output=str(tmp_path / "whole")), tiny_bridge, documents)
-    assert [(row["name"], row["k"]) for row in whole] == [(n, k) for k in (2, 3) for n in NAMES]
-    assert {row["architecture"] for row in whole} == {n.partition(":")[0] for n in NAMES}
+    sparse = COMPARED[:-1]
+    once = [("dense", None)]
+    assert [(row["architecture"], row["k"]) for row in whole] == [
+        *((name, 2) for name in sparse),
+        *once,
+        *((name, 3) for name in sparse),
+    ]
     assert {row["training_tokens"] for row in whole} == {32 * 40}
+    dense = whole[len(sparse)]
+    assert dense["d_sae"] == 32 and dense["fvu"] > 0
+    assert dense["l0"] is dense["always_on"] is dense["ce_shuffled_gate_matched"] is None
 
     cfg = make_compare()
     steps = 0
@@ -124,14 +123,15 @@ def test_an_interrupted_comparison_equals_an_undisturbed_one(
     with at_step(17, interrupt_in_the_fourth_run), pytest.raises(Interrupted):
         compare(cfg, tiny_bridge, documents)
     results = tmp_path / "compare" / "results.json"
-    assert len(json.loads(results.read_text())) == 3
+    assert len(json.loads(results.read_text())["rows"]) == 3
     assert compare(cfg, tiny_bridge, documents, measured=write_comparison_page) == whole
     assert results.read_bytes() == (tmp_path / "whole" / "results.json").read_bytes()
-    assert [row["name"] for row in json.loads(results.read_text())] == [
-        n for n in NAMES for _ in "kk"
+    assert [row["architecture"] for row in read_rows(results)] == [
+        *(name for name in sparse for _ in "kk"),
+        "dense",
     ]
     page = results.with_suffix(".html").read_text()
-    assert "skip transcoder" in page and "nats per token" in page
+    assert "skip transcoder" in page and "dense control" in page and "nats per token" in page
 
 
 def test_a_finished_comparison_is_only_read(make_compare, tiny_bridge, documents, at_step):
@@ -139,8 +139,17 @@ def test_a_finished_comparison_is_only_read(make_compare, tiny_bridge, documents
     rows = compare(cfg, tiny_bridge, documents)
     with at_step(0, lambda: pytest.fail("trained again")):
         assert compare(cfg) == rows
-    with pytest.raises(ValueError, match="made with lr=None, and this asks for lr="):
-        compare(make_compare(architectures=["topk_transcoder"], k=[2], lr=1e-4), tiny_bridge)
+    with pytest.raises(ValueError, match="made with expansion=16, and this asks for expansion=8"):
+        compare(make_compare(architectures=["topk_transcoder"], k=[2], expansion=8), tiny_bridge)
+
+
+def test_an_architecture_without_k_has_a_folder_for_each_seed(make_compare):
+    cfg = make_compare(architectures=["dense", "mxd"], seeds=[0, 1])
+    folders = {key: run.output.rpartition("/")[2] for key, run in cfg.runs().items()}
+    assert folders == {
+        **{("mxd", k, seed): f"mxd-k{k}-seed{seed}" for k in (2, 3) for seed in (0, 1)},
+        **{("dense", None, seed): f"dense-seed{seed}" for seed in (0, 1)},
+    }
 
 
 def test_a_later_comparison_adds_to_the_folder(make_compare, tiny_bridge, documents, tmp_path):
@@ -149,15 +158,15 @@ def test_a_later_comparison_adds_to_the_folder(make_compare, tiny_bridge, docume
         make_compare(architectures=["topk_transcoder"], k=[2], seeds=[1]), tiny_bridge, documents
     )
     assert [row["seed"] for row in rows] == [1]
-    written = json.loads((tmp_path / "compare" / "results.json").read_text())
+    written = read_rows(tmp_path / "compare" / "results.json")
     assert [row["seed"] for row in written] == [0, 1]
     assert written[0]["fvu"] != written[1]["fvu"]
 
 
 def test_a_row_is_what_the_saved_layer_does(make_compare, tiny_bridge, documents):
-    cfg = make_compare(architectures=NAMES, k=[2])
+    cfg = make_compare(k=[2])
     rows = compare(cfg, tiny_bridge, documents)
-    held_out = load_documents(cfg, documents)[1]
+    held_out = cfg.documents(documents)[1]
     for row, run in zip(rows, cfg.runs().values(), strict=True):
         layer = SAE.load_from_disk(run.layer_path)
         again, _ = evaluate(tiny_bridge, layer, held_out, n_sequences=4)

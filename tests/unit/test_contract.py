@@ -1,5 +1,5 @@
 """A layer is an MLP to TransformerLens, an SAE to SAELens and a module to PyTorch: whatever they do
-to it has the effect that it has on the plain dense form."""
+to it has the effect that it has on the plain form."""
 
 from __future__ import annotations
 
@@ -7,90 +7,40 @@ import copy
 import json
 import pickle
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from functools import partial
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from sae_lens import SAE, HookedSAETransformer, StandardSAE, StandardSAEConfig
-from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
-from sae_lens.saes.sae import SAEMetadata, TrainingSAE, TrainStepInput
+from sae_lens.saes.sae import SAEMetadata, TrainStepInput
 from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from transformer_lens.hook_points import HookPoint
 
-from mxd_lens import (
-    MxD,
-    MxDConfig,
-    TopKSkipTranscoder,
-    TopKSkipTranscoderConfig,
-    TopKTranscoder,
-    TopKTranscoderConfig,
-    TrainingMxD,
-    TrainingMxDConfig,
-    TrainingTopKSkipTranscoder,
-    TrainingTopKSkipTranscoderConfig,
-    TrainingTopKTranscoder,
-    TrainingTopKTranscoderConfig,
-    splice,
-)
-from mxd_lens.layers.base import TopKLayer
+from mxd_lens.layers.base import PairLayer
 from mxd_lens.layers.sae import SparseTopKTrainingSAE
-from tests.conftest import randomise
+from mxd_lens.models.splice import splice
+from tests.conftest import D_MLP, D_MODEL, N_LAYERS, randomise
+from tests.helpers import (
+    INFERENCE,
+    KINDS,
+    MODEL_SHAPE,
+    RAGGED,
+    SPARSE,
+    TRAINING,
+    close,
+    close32,
+    make_layer,
+    training_step,
+)
+from tests.reference import Edit, at, reference, steps
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-close = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-11)
-close32 = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
-
-INFERENCE: dict[str, tuple[type, type, dict[str, Any]]] = {
-    "mxd": (MxD, MxDConfig, {"d_hidden": 24}),
-    "mxd_mlp": (MxD, MxDConfig, {"d_hidden": 24, "gated": False}),
-    "transcoder": (TopKTranscoder, TopKTranscoderConfig, {}),
-    "skip_transcoder": (TopKSkipTranscoder, TopKSkipTranscoderConfig, {}),
-}
-TRAINING: dict[str, tuple[type, type, dict[str, Any]]] = {
-    "training_mxd": (TrainingMxD, TrainingMxDConfig, {"d_hidden": 24}),
-    "training_mxd_paper": (TrainingMxD, TrainingMxDConfig, {"d_hidden": 24, "recipe": "paper"}),
-    "training_transcoder": (TrainingTopKTranscoder, TrainingTopKTranscoderConfig, {}),
-    "training_skip_transcoder": (TrainingTopKSkipTranscoder, TrainingTopKSkipTranscoderConfig, {}),
-}
-LAYERS = INFERENCE | TRAINING
 GATE = ["hook_sae_acts_pre", "hook_sae_acts_post"]
-
-
-def make_layer(kind: str, **fields: Any) -> Any:
-    """A layer with no parameter at zero or one."""
-    cls, cfg, own = LAYERS[kind]
-    shape = {"d_in": 16, "d_out": 16, "d_sae": 40, "k": 4}
-    layer = cls(cfg(**(shape | own | fields)))
-    randomise(layer)
-    if "gate_mean" in dict(layer.named_buffers()):
-        layer.gate_mean.normal_()
-        layer.b_enc.data.zero_()
-    if isinstance(layer, TrainingSAE):
-        layer.renormalise()
-    return layer
-
-
-def dense(layer: Any, x: Tensor, edit: Callable[[str, Tensor], Tensor] = lambda _, t: t) -> Tensor:
-    """The layer as einsums over all units; ``edit(hook name, tensor)`` at the gate's hooks."""
-    pre = torch.einsum("...i,in->...n", x, layer.W_enc) + layer.b_enc
-    if hasattr(layer, "gate_mean"):
-        x_gate = x - layer.gate_mean
-        pre = torch.einsum("...i,in->...n", x_gate, layer.W_enc) * layer.log_gate_scale.exp()
-    pre = edit("hook_sae_acts_pre", pre)
-    kth = pre.topk(layer.cfg.k, dim=-1).values[..., -1:]
-    acts = edit("hook_sae_acts_post", torch.where(pre >= kth, pre.relu(), 0))
-    decoded = torch.einsum("...n,no->...o", acts, layer.W_dec)
-    if isinstance(layer, MxD):
-        decoded = decoded * torch.einsum("...h,ho->...o", layer.hidden(x), layer.W_shared)
-    if isinstance(layer, TopKSkipTranscoder):
-        decoded = decoded + torch.einsum("...i,oi->...o", x, layer.W_skip)
-    return decoded + layer.b_dec
 
 
 def shifted(t: Tensor, hook: Any = None) -> Tensor:
@@ -98,265 +48,204 @@ def shifted(t: Tensor, hook: Any = None) -> Tensor:
     return 1.5 * t + 0.2
 
 
-def editing(hook_name: str) -> Callable[[str, Tensor], Tensor]:
-    return lambda name, t: shifted(t) if name == hook_name else t
-
-
-@pytest.fixture(params=LAYERS)
+@pytest.fixture(params=KINDS)
 def kind(request) -> str:
     return request.param
 
 
 @pytest.fixture
 def layer(kind) -> Any:
-    return make_layer(kind, dtype="float64")
+    return make_layer(kind)
 
 
 @pytest.fixture
 def x() -> Tensor:
-    return torch.randn(2, 9, 16, dtype=torch.float64)
+    return torch.randn(2, 9, 5, dtype=torch.float64)
 
 
-# Ways to edit what passes a hook point. Each takes the layer and the point's name.
+class Shifting(nn.Module):
+    def forward(self, t: Tensor) -> Tensor:
+        return shifted(t)
+
+
+# Ways to edit what passes a hook point: each changes it, and gives what undoes that.
+
+Undo = Callable[[], Any]
+
+
+def _add_hook(layer: Any, name: str, **options: Any) -> Undo:
+    point = getattr(layer, name)
+    point.add_hook(shifted, **options)
+    return lambda: point.remove_hooks(including_permanent=True)
+
+
+def _hooks(layer: Any, name: str) -> Undo:
+    stack = ExitStack()
+    stack.enter_context(layer.hooks(fwd_hooks=[(name, shifted)]))
+    return stack.close
+
+
+def _patched(target: Any, name: str, value: Any) -> Undo:
+    patch = pytest.MonkeyPatch()
+    (patch.setitem if isinstance(target, dict) else patch.setattr)(target, name, value)
+    return patch.undo
+
+
+def _patched_class(layer: Any, name: str) -> Undo:
+    point = getattr(layer, name)
+    return _patched(HookPoint, "forward", lambda self, t: shifted(t) if self is point else t)
+
+
+def _global(register: Callable) -> Callable[[Any, str], Undo]:
+    def edit(layer: Any, name: str) -> Undo:
+        point = getattr(layer, name)
+        # a pre-hook has the inputs last, a forward hook the output
+        return register(lambda m, *t: shifted(_last(t)) if m is point else None).remove
+
+    return edit
+
+
+def _last(t: Any) -> Tensor:
+    return t if isinstance(t, Tensor) else _last(t[-1])
+
+
+EDITS: dict[str, Callable[[Any, str], Undo]] = {
+    "forward_hook": lambda layer, name: (
+        getattr(layer, name).register_forward_hook(lambda m, i, out: shifted(out)).remove
+    ),
+    "forward_pre_hook": lambda layer, name: (
+        getattr(layer, name).register_forward_pre_hook(lambda m, i: shifted(*i)).remove
+    ),
+    "global_forward_hook": _global(torch_module.register_module_forward_hook),
+    "global_forward_pre_hook": _global(torch_module.register_module_forward_pre_hook),
+    "add_hook": _add_hook,
+    "perma_hook": lambda layer, name: _add_hook(layer, name, is_permanent=True),
+    "hooks": _hooks,
+    "patched_instance": lambda layer, name: _patched(getattr(layer, name), "forward", shifted),
+    "patched_class": _patched_class,
+    "another_module": lambda layer, name: _patched(layer._modules, name, Shifting()),
+}
 
 
 @contextmanager
-def removing(*handles: Any) -> Iterator[None]:
+def edited(layer: Any, name: str, way: str) -> Iterator[None]:
+    undo = EDITS[way](layer, name)
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        undo()
 
 
-def forward_hook(layer: Any, name: str) -> AbstractContextManager[None]:
-    return removing(getattr(layer, name).register_forward_hook(lambda m, i, out: shifted(out)))
+# Ways to see the gradient that passes a hook point.
 
 
-def forward_pre_hook(layer: Any, name: str) -> AbstractContextManager[None]:
-    return removing(getattr(layer, name).register_forward_pre_hook(lambda m, i: shifted(*i)))
+def _global_backward(register: Callable) -> Callable[[Any, list], Any]:
+    return lambda point, seen: register(
+        lambda m, *grads: seen.append(_last(grads)) if m is point else None
+    )
 
 
-def global_forward_hook(layer: Any, name: str) -> AbstractContextManager[None]:
-    point = getattr(layer, name)
-    hook = torch_module.register_module_forward_hook
-    return removing(hook(lambda m, i, out: shifted(out) if m is point else None))
-
-
-def global_forward_pre_hook(layer: Any, name: str) -> AbstractContextManager[None]:
-    point = getattr(layer, name)
-    hook = torch_module.register_module_forward_pre_hook
-    return removing(hook(lambda m, i: shifted(*i) if m is point else None))
-
-
-@contextmanager
-def add_hook(layer: Any, name: str, is_permanent: bool = False) -> Iterator[None]:
-    getattr(layer, name).add_hook(shifted, is_permanent=is_permanent)
-    try:
-        yield
-    finally:
-        getattr(layer, name).remove_hooks(including_permanent=True)
-
-
-def perma_hook(layer: Any, name: str) -> AbstractContextManager[None]:
-    return add_hook(layer, name, is_permanent=True)
-
-
-def hooks(layer: Any, name: str) -> AbstractContextManager[None]:
-    return layer.hooks(fwd_hooks=[(name, shifted)])
-
-
-@contextmanager
-def patched_instance(layer: Any, name: str) -> Iterator[None]:
-    point = getattr(layer, name)
-    point.forward = shifted
-    try:
-        yield
-    finally:
-        del point.forward
-
-
-@contextmanager
-def patched_class(layer: Any, name: str) -> Iterator[None]:
-    point, forward = getattr(layer, name), HookPoint.forward
-    HookPoint.forward = lambda self, t: shifted(t) if self is point else t  # type: ignore
-    try:
-        yield
-    finally:
-        HookPoint.forward = forward  # type: ignore[method-assign]
-
-
-@contextmanager
-def another_module(layer: Any, name: str) -> Iterator[None]:
-    class Shifting(nn.Module):
-        def forward(self, t: Tensor) -> Tensor:
-            return shifted(t)
-
-    point = getattr(layer, name)
-    setattr(layer, name, Shifting())
-    try:
-        yield
-    finally:
-        setattr(layer, name, point)
-
-
-EDITS = [
-    forward_hook,
-    forward_pre_hook,
-    global_forward_hook,
-    global_forward_pre_hook,
-    add_hook,
-    perma_hook,
-    hooks,
-    patched_instance,
-    patched_class,
-    another_module,
-]
-
-
-# Ways to see the gradient that passes a hook point. Each takes a list to append it to.
-
-
-def backward_hook(layer: Any, name: str, seen: list) -> AbstractContextManager[None]:
-    hook = getattr(layer, name).register_full_backward_hook
-    return removing(hook(lambda m, i, out: seen.append(out[0])))
-
-
-def backward_pre_hook(layer: Any, name: str, seen: list) -> AbstractContextManager[None]:
-    hook = getattr(layer, name).register_full_backward_pre_hook
-    return removing(hook(lambda m, out: seen.append(out[0])))
-
-
-def global_backward_hook(layer: Any, name: str, seen: list) -> AbstractContextManager[None]:
-    point = getattr(layer, name)
-    hook = torch_module.register_module_full_backward_hook
-    return removing(hook(lambda m, i, out: seen.append(out[0]) if m is point else None))
-
-
-def global_backward_pre_hook(layer: Any, name: str, seen: list) -> AbstractContextManager[None]:
-    point = getattr(layer, name)
-    hook = torch_module.register_module_full_backward_pre_hook
-    return removing(hook(lambda m, out: seen.append(out[0]) if m is point else None))
-
-
-def bwd_hooks(layer: Any, name: str, seen: list) -> AbstractContextManager[None]:
-    return layer.hooks(bwd_hooks=[(name, lambda grad, hook: seen.append(grad))])
-
-
-GRADIENTS = [
-    backward_hook,
-    backward_pre_hook,
-    global_backward_hook,
-    global_backward_pre_hook,
-    bwd_hooks,
-]
-
-
-class TestHooks:
-    def test_unhooked_it_is_the_dense_form(self, layer, x):
-        close(layer(x), dense(layer, x))
-
-    @pytest.mark.parametrize("name", GATE)
-    @pytest.mark.parametrize("way", EDITS, ids=lambda way: way.__name__)
-    def test_every_way_to_edit_has_its_effect(self, layer, x, way, name):
-        expected = dense(layer, x, editing(name))
-        assert (expected - dense(layer, x)).abs().max() > 0.01
-        with way(layer, name):
-            close(layer(x), expected)
-        close(layer(x), dense(layer, x))
-
-    @pytest.mark.parametrize("name", GATE)
-    @pytest.mark.parametrize("way", GRADIENTS, ids=lambda way: way.__name__)
-    def test_every_way_to_see_the_gradient_sees_it(self, layer, x, way, name):
-        points: dict[str, Tensor] = {}
-        y = dense(layer, x, points.setdefault)
-        (expected,) = torch.autograd.grad(y.sum(), points[name])
-        assert expected.abs().max() > 0.01
-        seen: list[Tensor] = []
-        with way(layer, name, seen):
-            layer(x).sum().backward()
-        assert len(seen) == 1
-        close(seen[0], expected)
-
-    def test_the_cache_holds_the_dense_forms_steps(self, layer, x):
-        expected: dict[str, Tensor] = {}
-        y = dense(layer, x, expected.setdefault)
-        found, cache = layer.run_with_cache(x)
-        close(found, y)
-        for name in GATE:
-            close(cache[name], expected[name])
-
-
-class TestHooksInTraining:
-    @pytest.fixture(params=TRAINING)
-    def kind(self, request) -> str:
-        return request.param
-
-    @staticmethod
-    def batch(x: Tensor) -> TrainStepInput:
-        batch = torch.cat([x, x.flip(0)], dim=-1).flatten(0, 1)
-        return TrainStepInput(batch, {}, None, 0, False)
-
-    def step(self, layer: Any, x: Tensor) -> tuple[Any, dict[str, Tensor]]:
-        layer = copy.deepcopy(layer)  # a step re-normalises its weights
-        out = layer.training_forward_pass(self.batch(x))
-        out.loss.backward()
-        grads = {n: p.grad for n, p in layer.named_parameters() if p.grad is not None}
-        return out, grads
-
-    @pytest.mark.parametrize("name", GATE)
-    @pytest.mark.parametrize("way", EDITS, ids=lambda way: way.__name__)
-    def test_every_way_to_edit_has_its_effect(self, layer, x, way, name):
-        with way(layer, name):
-            out = layer.training_forward_pass(self.batch(x))
-        close(out.sae_out, dense(layer, x.flatten(0, 1), editing(name)))
-
-    @pytest.mark.parametrize("names", [GATE[:1], GATE[1:], GATE], ids=["pre", "post", "both"])
-    def test_looking_changes_no_gradient(self, layer, x, names):
-        before, expected = self.step(layer, x)
-        with layer.hooks(fwd_hooks=[(name, lambda t, hook: None) for name in names]):
-            after, found = self.step(layer, x)
-        close(after.loss, before.loss)
-        close(after.feature_acts.to_dense(), before.feature_acts.to_dense())
-        assert found.keys() == expected.keys()
-        for name, grad in expected.items():
-            close(found[name], grad, msg=lambda m, name=name: f"{name}: {m}")
+GRADIENTS: dict[str, Callable[[Any, list], Any]] = {
+    "backward_hook": lambda point, seen: point.register_full_backward_hook(
+        lambda m, i, out: seen.append(out[0])
+    ),
+    "backward_pre_hook": lambda point, seen: point.register_full_backward_pre_hook(
+        lambda m, out: seen.append(out[0])
+    ),
+    "global_backward_hook": _global_backward(torch_module.register_module_full_backward_hook),
+    "global_backward_pre_hook": _global_backward(
+        torch_module.register_module_full_backward_pre_hook
+    ),
+    "bwd_hook": lambda point, seen: point.add_hook(
+        lambda grad, hook: seen.append(_last(grad)), dir="bwd"
+    ),
+}
 
 
 @pytest.mark.parametrize("name", GATE)
-@pytest.mark.parametrize("way", EDITS, ids=lambda way: way.__name__)
+@pytest.mark.parametrize("kind", SPARSE)
+class TestHooks:
+    @pytest.mark.parametrize("way", EDITS)
+    def test_every_way_to_edit_has_its_effect(self, layer, x, way, name):
+        expected = reference(layer, x, at(name, shifted))
+        assert (expected - reference(layer, x)).abs().max() > 0.01
+        with edited(layer, name, way):
+            close(layer(x), expected)
+        close(layer(x), reference(layer, x))
+
+    @pytest.mark.parametrize("way", GRADIENTS)
+    def test_every_way_to_see_the_gradient_sees_it(self, layer, x, way, name):
+        terms = steps(layer, x)
+        (expected,) = torch.autograd.grad(terms["hook_out"].sum(), terms[name])
+        assert expected.abs().max() > 0.01
+        seen: list[Tensor] = []
+        handle = GRADIENTS[way](getattr(layer, name), seen)
+        layer(x).sum().backward()
+        getattr(handle, "remove", lambda: None)()
+        assert len(seen) == 1
+        close(seen[0], expected)
+
+
+def gradients(layer: Any, x: Tensor) -> tuple[Any, dict[str, Tensor]]:
+    layer = copy.deepcopy(layer)  # a step re-normalises its weights
+    out = training_step(layer, x, x.flip(0)[..., :4])
+    out.loss.backward()
+    return out, {n: p.grad for n, p in layer.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("kind", [kind for kind in TRAINING if kind in SPARSE])
+class TestHooksInTraining:
+    @pytest.mark.parametrize("name", GATE)
+    @pytest.mark.parametrize("way", EDITS)
+    def test_every_way_to_edit_has_its_effect(self, layer, x, way, name):
+        x = x.flatten(0, 1)
+        with edited(layer, name, way):
+            out = training_step(layer, x, x[:, :4])
+        close(out.sae_out, reference(layer, x, at(name, shifted)))
+
+    @pytest.mark.parametrize("names", [GATE[:1], GATE[1:], GATE], ids=["pre", "post", "both"])
+    def test_looking_changes_no_gradient(self, layer, x, names):
+        x = x.flatten(0, 1)
+        before, expected = gradients(layer, x)
+        with layer.hooks(fwd_hooks=[(name, lambda t, hook: None) for name in names]):
+            after, found = gradients(layer, x)
+        close(after.loss, before.loss)
+        close(after.feature_acts.to_dense(), before.feature_acts.to_dense())
+        close(found, expected)
+
+
+@pytest.mark.parametrize("name", GATE)
+@pytest.mark.parametrize("way", EDITS)
 def test_the_sparse_sae_is_edited_as_saelens_is(x, way, name):
-    if way is patched_class and name == "hook_sae_acts_post":
-        way = patched_instance  # SAELens has a subclass of its own here
-    cfg = TopKTrainingSAEConfig(d_in=16, d_sae=40, k=4, dtype="float64")
+    if way == "patched_class" and name == "hook_sae_acts_post":
+        way = "patched_instance"  # SAELens has a subclass of its own here
+    cfg = TopKTrainingSAEConfig(d_in=5, d_sae=11, k=3, dtype="float64")
     theirs, ours = TopKTrainingSAE(cfg), SparseTopKTrainingSAE(cfg)
     randomise(theirs)
     ours.load_state_dict(theirs.state_dict())
     step_input = TrainStepInput(x.flatten(0, 1), {}, None, 0, False)
     unhooked = ours.training_forward_pass(step_input).sae_out
-    with way(theirs, name):
+    with edited(theirs, name, way):
         expected = theirs.training_forward_pass(step_input).sae_out
-    with way(ours, name):
+    with edited(ours, name, way):
         found = ours.training_forward_pass(step_input).sae_out
     close(found, expected)
     assert (found - unhooked).abs().max() > 0.01
 
 
-PRECISIONS = ["float32", "float64", "bfloat16", "float16", "autocast"]
-
-
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", ["float32", "float64", "bfloat16", "float16", "autocast"])
+@pytest.mark.parametrize("kind", SPARSE)
 @torch.no_grad()
-def test_looking_changes_no_bit_of_the_coefficients(kind, precision):
+def test_looking_changes_no_bit_of_the_activations(kind, precision, monkeypatch):
     dtype = "float32" if precision == "autocast" else precision
-    layer = make_layer(kind, d_in=24, d_sae=500, k=16, dtype=dtype)
-    layer.gate_chunk_size = 100
+    layer = make_layer(kind, 0.3, d_in=24, d_out=16, d_sae=500, k=16, dtype=dtype)
+    monkeypatch.setattr(type(layer), "gate_chunk_size", 100)
     x = torch.randn(250, 24, dtype=layer.dtype)
+    seen: list[Tensor] = []
 
     def look(t: Tensor, hook: Any) -> None:
         seen.append(t)
 
-    seen: list[Tensor] = []
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
         acts, y = layer.encode(x), layer(x)
         pre_only = layer.run_with_hooks(x, fwd_hooks=[("hook_sae_acts_pre", look)])
@@ -367,35 +256,25 @@ def test_looking_changes_no_bit_of_the_coefficients(kind, precision):
     assert (acts > 0).sum() > 3000
 
 
-MODELS = ["tiny_hooked", "tiny_bridge"]
-
-
-MLP_WEIGHTS = {
-    HookedSAETransformer: lambda lm: dict(lm.named_parameters()),
-    SAETransformerBridge: lambda lm: lm.get_params(),
-}
-NO_NEURONS = r"has no W_out|blocks.1.mlp.hook_post"  # a transcoder has not even hidden units
-
-
 class InPlace(nn.Module):
-    """The dense form as an MLP."""
+    """The plain form as an MLP."""
 
-    def __init__(self, layer: Any, edit: Callable[[str, Tensor], Tensor] = lambda _, t: t):
+    def __init__(self, layer: Any, edit: Edit = lambda _, t: t):
         super().__init__()
         self.layer, self.edit = [layer], edit
 
     def forward(self, x: Tensor) -> Tensor:
-        return dense(self.layer[0], x, self.edit)
+        return reference(self.layer[0], x, self.edit)
 
 
 class TestInAModel:
-    @pytest.fixture(params=MODELS)
+    @pytest.fixture(params=["tiny_hooked", "tiny_bridge"])
     def lm(self, request) -> Any:
         return request.getfixturevalue(request.param)
 
-    @pytest.fixture(params=["mxd", "skip_transcoder", "training_mxd", "training_transcoder"])
+    @pytest.fixture(params=["mxd", "topk_skip_transcoder", "training_mxd", "jumprelu_mxd"])
     def layer(self, request) -> Any:
-        return make_layer(request.param)
+        return make_layer(request.param, 0.3, **MODEL_SHAPE)
 
     @staticmethod
     def logits(lm: Any, layer: nn.Module, tokens: Tensor) -> Tensor:
@@ -405,30 +284,26 @@ class TestInAModel:
     @pytest.mark.parametrize("way", ["run_with_hooks", "hooks", "add_hook", "add_perma_hook"])
     @pytest.mark.parametrize("name", GATE)
     def test_every_way_to_edit_has_its_effect(self, lm, layer, tokens, way, name):
-        expected = self.logits(lm, InPlace(layer, editing(name)), tokens)
+        expected = self.logits(lm, InPlace(layer, at(name, shifted)), tokens)
         assert (expected - self.logits(lm, layer, tokens)).abs().max() > 0.01
-        full_name = f"blocks.1.mlp.{name}"
+        hook = (f"blocks.1.mlp.{name}", shifted)
         with splice(lm, {1: layer}):
             if way == "run_with_hooks":
-                found = lm.run_with_hooks(tokens, fwd_hooks=[(full_name, shifted)])
+                found = lm.run_with_hooks(tokens, fwd_hooks=[hook])
             elif way == "hooks":
-                with lm.hooks(fwd_hooks=[(full_name, shifted)]):
+                with lm.hooks(fwd_hooks=[hook]):
                     found = lm(tokens)
             else:
-                getattr(lm, way)(full_name, shifted)
+                getattr(lm, way)(*hook)
                 found = lm(tokens)
         close32(found, expected)
 
     @pytest.mark.parametrize("name", GATE)
-    def test_an_sae_attached_to_its_coefficients_has_its_effect(self, lm, layer, tokens, name):
+    def test_an_sae_attached_to_its_activations_has_its_effect(self, lm, layer, tokens, name):
         metadata = SAEMetadata(hook_name=f"blocks.1.mlp.{name}")
         sae = StandardSAE(StandardSAEConfig(d_in=40, d_sae=60, metadata=metadata))
         randomise(sae)
-
-        def edit(at: str, t: Tensor) -> Tensor:
-            return sae(t) if at == name else t
-
-        expected = self.logits(lm, InPlace(layer, edit), tokens)
+        expected = self.logits(lm, InPlace(layer, at(name, sae)), tokens)
         assert (expected - self.logits(lm, layer, tokens)).abs().max() > 0.01
         with splice(lm, {1: layer}):
             close32(lm.run_with_saes(tokens, saes=[sae]), expected)
@@ -448,7 +323,7 @@ class TestInAModel:
             assert {t.dtype for t in layer.state_dict().values()} == {dtype}
             assert (layer.dtype, layer.cfg.dtype) == (dtype, str(dtype).removeprefix("torch."))
             assert layer.W_enc.T.is_contiguous()
-            assert layer.encode(torch.randn(3, 16)).dtype == dtype
+            assert layer.encode(torch.randn(3, D_MODEL)).dtype == dtype
             lm.to(torch.float32)
             lm.cfg.dtype = torch.float32
             assert layer.cfg.dtype == "float32" and lm(tokens).dtype == torch.float32
@@ -456,111 +331,84 @@ class TestInAModel:
     def test_it_has_an_output_bias_and_no_other_weights_of_an_mlp(self, lm, layer):
         with splice(lm, {1: layer}):
             others = [block.mlp.b_out for block in lm.blocks if block.mlp is not layer]
-            attention = [block.attn.b_O for block in lm.blocks]
-            biases = [b for b in [*others, *attention] if b is not None]
-            close32(lm.accumulated_bias(3), sum(biases) + layer.b_dec)
+            biases = [b for b in others + [block.attn.b_O for block in lm.blocks] if b is not None]
+            close32(lm.accumulated_bias(N_LAYERS), sum(biases) + layer.b_dec)
             for name in ["W_in", "b_in", "W_gate", "W_out"]:
                 for of in [lm, layer]:
                     with pytest.raises(RuntimeError, match=f"has no {name}"):
                         getattr(of, name)
-        assert lm.W_out.shape == (3, 32, 16)
+        assert lm.W_out.shape == (N_LAYERS, D_MLP, D_MODEL)
 
     def test_the_weights_of_all_mlps_cannot_be_had(self, lm, layer):
-        assert "blocks.1.mlp.W_in" in MLP_WEIGHTS[type(lm)](lm)
+        def weights() -> dict[str, Tensor]:
+            hooked = isinstance(lm, HookedSAETransformer)
+            return dict(lm.named_parameters()) if hooked else lm.get_params()
+
+        assert "blocks.1.mlp.W_in" in weights()
         with splice(lm, {1: layer}):
             try:
-                weights = MLP_WEIGHTS[type(lm)](lm)
+                assert "blocks.1.mlp.W_in" not in weights()
             except RuntimeError as error:
                 assert "has no W_in" in str(error)
-            else:
-                assert "blocks.1.mlp.W_in" not in weights
 
     @pytest.mark.parametrize("lm", ["tiny_hooked", "plain_bridge"], indirect=True)
-    def test_it_has_no_neurons(self, lm, layer, tokens):
+    def test_it_has_no_neurons_but_its_part_of_the_residual_stream(self, lm, layer, tokens):
         with splice(lm, {1: layer}):
             _, cache = lm.run_with_cache(tokens)
-            for read in [cache.get_neuron_results, cache.stack_neuron_results]:
-                with pytest.raises((RuntimeError, KeyError), match=NO_NEURONS):
-                    read(1 if read == cache.get_neuron_results else 2)
-
-    @pytest.mark.parametrize("lm", ["tiny_hooked", "plain_bridge"], indirect=True)
-    def test_the_residual_streams_parts_add_up(self, lm, layer, tokens):
-        with splice(lm, {1: layer}):
-            _, cache = lm.run_with_cache(tokens)
+            # A transcoder has not even hidden units.
+            for read, n in [(cache.get_neuron_results, 1), (cache.stack_neuron_results, 2)]:
+                with pytest.raises(
+                    (RuntimeError, KeyError), match=r"has no W_out|blocks.1.mlp.hook_post"
+                ):
+                    read(n)
             parts = cache.decompose_resid(mode="all")
             close32(parts.sum(0), cache["blocks.2.hook_resid_post"])
-            close32(cache["mlp_out", 1], dense(layer, cache["blocks.1.mlp.hook_in"]))
+            close32(cache["mlp_out", 1], reference(layer, cache["blocks.1.mlp.hook_in"]))
 
 
-def test_folding_a_norm_into_weights_it_does_not_have_is_refused(tiny_hooked, kind):
-    with (
-        splice(tiny_hooked, {1: make_layer(kind)}),
-        pytest.raises(AssertionError, match=r"MLP W_in not found"),
-    ):
-        tiny_hooked.fold_layer_norm(tiny_hooked.state_dict(), False, False)
+class TestWeightsThatAreProcessed:
+    @pytest.fixture
+    def layer(self, kind) -> Any:
+        return make_layer(kind, 0.3, **MODEL_SHAPE)
 
+    def test_folding_a_norm_into_weights_it_does_not_have_is_refused(self, tiny_hooked, layer):
+        with (
+            splice(tiny_hooked, {1: layer}),
+            pytest.raises(AssertionError, match=r"MLP W_in not found"),
+        ):
+            tiny_hooked.fold_layer_norm(tiny_hooked.state_dict(), False, False)
 
-def test_centering_the_others_weights_changes_nothing(tiny_hooked_mlp, kind, tokens):
-    lm, layer = tiny_hooked_mlp, make_layer(kind)
-    with splice(lm, {1: layer}), torch.no_grad():
-        expected, weights = lm(tokens), copy.deepcopy(layer.state_dict())
-        state_dict = lm.center_writing_weights(lm.state_dict())
-        lm.load_state_dict(state_dict)
-        assert all(torch.equal(layer.state_dict()[name], weights[name]) for name in weights)
-        torch.testing.assert_close(lm(tokens), expected, rtol=1e-3, atol=1e-3)
+    # In a batch top-k gate two tokens of the same inputs tie.
+    @pytest.mark.parametrize("kind", [kind for kind in KINDS if "batchtopk" not in kind])
+    def test_centering_the_others_weights_changes_nothing(self, tiny_hooked_mlp, layer, tokens):
+        lm = tiny_hooked_mlp
+        with splice(lm, {1: layer}), torch.no_grad():
+            expected, weights = lm(tokens), copy.deepcopy(layer.state_dict())
+            lm.load_state_dict(lm.center_writing_weights(lm.state_dict()))
+            torch.testing.assert_close(layer.state_dict(), weights, rtol=0, atol=0)
+            torch.testing.assert_close(lm(tokens), expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(
-    "fold",
+    ("fold", "arguments"),
     [
-        lambda layer: layer.fold_W_dec_norm(),
-        lambda layer: layer.fold_and_get_W_dec_norm(),
-        lambda layer: layer.fold_activation_norm_scaling_factor(2.0),
-        lambda layer: layer.fold_activation_whitening(
-            torch.zeros(16), torch.eye(16), torch.eye(16)
-        ),
+        ("fold_W_dec_norm", []),
+        ("fold_and_get_W_dec_norm", []),
+        ("fold_activation_norm_scaling_factor", [2.0]),
+        ("fold_activation_whitening", [torch.zeros(5), torch.eye(5), torch.eye(5)]),
     ],
-    ids=["W_dec_norm", "and_get_W_dec_norm", "activation_norm_scaling_factor", "whitening"],
 )
-def test_what_only_an_sae_can_fold_is_refused(layer, fold):
+def test_what_only_an_sae_can_fold_is_refused(layer, fold, arguments):
     before = copy.deepcopy(layer.state_dict())
-    with pytest.raises(NotImplementedError):
-        fold(layer)
-    for name, weight in layer.state_dict().items():
-        assert torch.equal(weight, before[name])
-
-
-class TestOfAnotherWidth:
-    """Output wider than the input."""
-
-    @pytest.fixture
-    def layer(self, kind) -> Any:
-        return make_layer(kind, d_out=20, dtype="float64")
-
-    def test_has_a_transcoders_methods(self, layer, x):
-        assert layer.d_out == 20
-        assert torch.equal(layer.process_sae_in(x.float()), x.float().double())
-        y, acts = layer.forward_with_activations(x)
-        points: dict[str, Tensor] = {}
-        close(y, dense(layer, x, points.setdefault))
-        close(acts, points["hook_sae_acts_post"])
-
-    def test_process_sae_in_fires_saelens_hook(self, layer, x):
-        seen = []
-        hook = ("hook_sae_input", lambda t, hook: seen.append(t))
-        with layer.hooks(fwd_hooks=[hook]):
-            layer.process_sae_in(x)
-        assert len(seen) == 1 and torch.equal(seen[0], x)
-
-
-def pre_of(layer: Any, x: Tensor) -> Tensor:
-    return layer.run_with_cache(x)[1]["hook_sae_acts_pre"]
+    why = "only an SAE's output" if "activation" in fold else "which k units are the largest"
+    with pytest.raises(NotImplementedError, match=why):
+        getattr(layer, fold)(*arguments)
+    torch.testing.assert_close(layer.state_dict(), before, rtol=0, atol=0)
 
 
 class TestCopies:
     def test_a_deep_copy_is_independent(self, layer, x):
-        twin = copy.deepcopy(layer)
-        expected = layer(x)
+        twin, expected = copy.deepcopy(layer), layer(x)
         layer.to(torch.float32)
         assert twin.cfg.dtype == "float64" and torch.equal(twin(x), expected)
 
@@ -568,13 +416,14 @@ class TestCopies:
         layer.encode(x)  # whose input is not taken along
         twin = pickle.loads(pickle.dumps(layer))
         assert type(twin) is type(layer) and twin.cfg == layer.cfg
-        assert torch.equal(twin(x), layer(x))
-        assert torch.equal(pre_of(twin, x), pre_of(layer, x))
-        assert torch.equal(twin.process_sae_in(x), x)
+        (y, cache), (expected, theirs) = twin.run_with_cache(x), layer.run_with_cache(x)
+        assert torch.equal(twin(x), layer(x)) and torch.equal(y, expected)
+        for name in {"hook_sae_input", *GATE} & theirs.keys():
+            assert torch.equal(cache[name], theirs[name])
 
     def test_a_state_dict_on_disk(self, kind, layer, x, tmp_path):
         torch.save(layer.state_dict(), tmp_path / "layer.pt")
-        twin = make_layer(kind, dtype="float64")
+        twin = make_layer(kind)
         twin.load_state_dict(torch.load(tmp_path / "layer.pt"))
         assert torch.equal(twin(x), layer(x))
 
@@ -584,49 +433,55 @@ class TestCopies:
         assert (twin.dtype, twin.cfg.dtype) == (torch.float64, "float64")
         close(twin(x), layer(x))
 
-    def test_a_device_without_numbers(self, layer):
+    def test_a_device_without_numbers(self, kind, layer):
         empty = copy.deepcopy(layer).to_empty(device="meta")
         assert (empty.device, empty.cfg.device) == (torch.device("meta"), "meta")
-        assert layer.cfg.device == "cpu" and empty.W_enc.T.is_contiguous()
+        assert layer.cfg.device == "cpu"
+        assert kind not in SPARSE or empty.W_enc.T.is_contiguous()
 
     def test_to_of_a_tensor(self, layer):
         layer.to(torch.zeros(1, dtype=torch.bfloat16))
         assert layer.cfg.dtype == "bfloat16" and layer.W_dec.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("kind", [*INFERENCE, *(kind for kind in TRAINING if kind not in RAGGED)])
 class TestDisk:
+    @staticmethod
+    def saved(layer: Any, folder: Path) -> Any:
+        """A layer's file for inference; the layer as it is in there."""
+        if hasattr(layer, "save_inference_model"):
+            layer.save_inference_model(folder)
+            return layer.to_inference()
+        layer.save_model(folder)
+        return layer
+
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
     def test_a_cast_layer_comes_back_as_it_was(self, kind, tmp_path, dtype):
-        layer = make_layer(kind)
-        holder = nn.Sequential(layer).to(getattr(torch, dtype))  # not the layer's own .to()
-        x = torch.randn(5, 16)
-        training = kind in TRAINING
-        path, _ = (layer.save_inference_model if training else layer.save_model)(tmp_path / "out")
-        assert json.loads((path.parent / "cfg.json").read_text())["dtype"] == dtype
-        loaded = SAE.load_from_disk(path.parent)
-        assert loaded.cfg.dtype == dtype and loaded.W_enc.dtype == getattr(torch, dtype)
-        expected = layer.to_inference() if training else holder[0]
+        layer = make_layer(kind, dtype="float32")
+        nn.Sequential(layer).to(getattr(torch, dtype))  # not the layer's own .to()
+        expected, x = self.saved(layer, tmp_path), torch.randn(5, 5)
+        assert json.loads((tmp_path / "cfg.json").read_text())["dtype"] == dtype
+        loaded = SAE.load_from_disk(tmp_path)
+        assert loaded.cfg.dtype == expected.cfg.dtype == dtype
+        assert loaded.W_dec.dtype == getattr(torch, dtype)
         assert torch.equal(loaded(x), expected(x))
-        assert expected.cfg.dtype == dtype
 
-    def test_loaded_in_another_dtype(self, kind, tmp_path):
-        layer = make_layer(kind)
-        save = layer.save_inference_model if kind in TRAINING else layer.save_model
-        save(tmp_path)
-        loaded = SAE.load_from_disk(tmp_path, dtype="float64")
-        assert loaded.cfg.dtype == "float64" and loaded.W_dec.dtype == torch.float64
-        x = torch.randn(5, 16)
+    @pytest.mark.parametrize(("before", "after"), [("float32", "float64"), ("float64", "float32")])
+    def test_loaded_in_another_dtype(self, kind, tmp_path, before, after):
+        layer, x = make_layer(kind, dtype=before), torch.randn(5, 5)
+        self.saved(layer, tmp_path)
+        loaded = SAE.load_from_disk(tmp_path, dtype=after)
+        assert loaded.cfg.dtype == after and loaded.W_dec.dtype == getattr(torch, after)
         close32(loaded(x), layer(x))
 
     def test_a_loader_that_does_not_cast(self, kind, tmp_path):
         """As SAELens lets one bring."""
-        layer = make_layer(kind)
-        inference = layer.to_inference() if kind in TRAINING else layer
+        inference = self.saved(make_layer(kind), tmp_path)
 
         def converter(path: Path, device: str, cfg_overrides: Any) -> tuple[dict, dict]:
             weights = {name: p.detach() for name, p in inference.state_dict().items()}
             return inference.cfg.to_dict() | (cfg_overrides or {}), weights
 
         loaded = SAE.load_from_disk(tmp_path, dtype="bfloat16", converter=converter)
-        assert isinstance(loaded, TopKLayer)
+        assert isinstance(loaded, PairLayer)
         assert loaded.cfg.dtype == "bfloat16" and loaded.W_dec.dtype == torch.bfloat16

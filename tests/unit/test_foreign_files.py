@@ -1,15 +1,15 @@
 """Files that are not what this package or SAELens has written are named in one sentence."""
 
-import json
 import pickle
 
 import pytest
 import torch
+from sae_lens.constants import SPARSITY_FILENAME
+from safetensors.torch import save_file
 
 from mxd_lens import CompareConfig, compare, train, write_report
 from mxd_lens.cli import main
 from mxd_lens.runs.analyse import (
-    AnalysisConfig,
     ExpertsConfig,
     ProbeConfig,
     SteerConfig,
@@ -17,12 +17,13 @@ from mxd_lens.runs.analyse import (
     run_probe,
     run_steer,
 )
-from mxd_lens.runs.compare import finished_runs
+from mxd_lens.runs.config import finished_runs
 
 from ..conftest import TINY_RUN
-from .test_report import write_comparison, write_run
+from ..helpers import write_comparison, write_run
 
-FOREIGN = ["[]", "{}", "3", '{"a": 1}', '[{"a": 1}]', "null"]
+FOREIGN = ["[]", "{}", "3", '{"a": 1}', '[{"a": 1}]', "null", '{"version": 1}']
+OLDER = '{"version": 0}'
 
 
 @pytest.fixture
@@ -46,7 +47,14 @@ class TestReport:
     def test_its_configuration(self, tmp_path, content):
         run = write_run(tmp_path / "run")
         (run / "runner_cfg.json").write_text(content)
-        with pytest.raises(ValueError, match=r"runner_cfg\.json is not "):
+        with pytest.raises(SystemExit, match=r"runner_cfg\.json is not "):
+            main(["report", str(run)])
+
+    @pytest.mark.parametrize("name", ["results", "experts", "probe", "steering"])
+    def test_a_file_of_another_version(self, tmp_path, name):
+        run = write_run(tmp_path / "run")
+        (run / f"{name}.json").write_text(OLDER)
+        with pytest.raises(ValueError, match=rf"{name}\.json .*version=0, this mxd-lens reads 1"):
             write_report(run)
 
     @pytest.mark.parametrize("content", ["3", '[{"a": 1}]'])
@@ -64,7 +72,7 @@ class TestReport:
 
 
 class TestAnalyses:
-    @pytest.mark.parametrize("content", FOREIGN)
+    @pytest.mark.parametrize("content", [*FOREIGN, OLDER])
     @pytest.mark.parametrize(
         ("name", "cfg_class", "analyse"),
         [
@@ -75,9 +83,7 @@ class TestAnalyses:
     )
     def test_a_file_where_theirs_goes(self, tmp_path, name, cfg_class, analyse, content):
         run = write_run(tmp_path / "run", "topk")
-        (run / "layer").mkdir()
-        layer = {"architecture": "topk", "d_sae": 12, "k": 3}
-        (run / "layer" / "cfg.json").write_text(json.dumps(layer))
+        save_file({"sparsity": torch.zeros(12)}, run / "layer" / SPARSITY_FILENAME)
         (run / f"{name}.json").write_text(content)
         with pytest.raises(ValueError, match=rf"{name}\.json is not what mxd-lens writes there"):
             analyse(cfg_class(run=str(run)))
@@ -93,7 +99,7 @@ class TestLayer:
     def test_its_configuration(self, run, content):
         (run / "layer" / "cfg.json").write_text(content)
         with pytest.raises(ValueError, match=r"layer/cfg\.json is not what mxd-lens writes there"):
-            AnalysisConfig(run=str(run), k=3).runs()
+            run_steer(SteerConfig(run=str(run)))
         with pytest.raises(SystemExit, match=r"^mxd-lens: .*layer/cfg\.json is not what "):
             main(["evaluate", str(run), "--dataset", "nowhere.txt"])
 

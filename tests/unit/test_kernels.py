@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,7 +11,15 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mxd_lens.layers.kernels import to_dense, topk_gate, topk_relu, weighted_row_sum
+from mxd_lens.layers.kernels import (
+    gate_values,
+    to_dense,
+    token_of,
+    topk_gate,
+    topk_relu,
+    weighted_row_sum,
+)
+from tests.helpers import close
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -28,33 +37,42 @@ def draw(*batch: int, d_in=D_IN, d_sae=D_SAE, d_out=D_OUT, columns=True, dtype=t
     return [tensor.requires_grad_() for tensor in (x, W_enc, b_enc, table)]
 
 
-def dense(x: Tensor, W_enc: Tensor, b_enc: Tensor, table: Tensor, k: int) -> Tensor:
-    """The same function with every zero written out: sort, threshold, einsum."""
+def dense(x: Tensor, W_enc: Tensor, b_enc: Tensor, table: Tensor, k: int | None) -> Tensor:
+    """The same function with every zero written out: sort, threshold, einsum. No k: all that are
+    above 0.3."""
     acts = torch.einsum("...i,in->...n", x, W_enc).add(b_enc).clamp_min(0)
     order = acts.detach().argsort(dim=-1, descending=True, stable=True)
-    rank = order.argsort(dim=-1)
-    return torch.einsum("...n,no->...o", acts * (rank < k), table)
+    kept = acts.detach() > 0.3 if k is None else order.argsort(dim=-1) < k
+    return torch.einsum("...n,no->...o", acts * kept, table)
 
 
-def sparse(x: Tensor, W_enc: Tensor, b_enc: Tensor, table: Tensor, k: int) -> Tensor:
-    return weighted_row_sum(*topk_gate(x, W_enc, b_enc, k), table)
+def sparse(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, table: Tensor, k: int | None, unit_norm: bool = False
+) -> Tensor:
+    counts = None
+    if k is None:
+        pre = (x @ W_enc + b_enc).detach()
+        picked = pre > 0.3
+        values, indices, counts = pre[picked], picked.nonzero()[:, -1], picked.sum(-1)
+        gate = (values, indices, x, W_enc, b_enc)
+        values = gate_values(*gate, counts=counts, unit_norm=unit_norm)
+    else:
+        values, indices = topk_gate(x, W_enc, b_enc, k, unit_norm=unit_norm)
+    return weighted_row_sum(values, indices, table, counts=counts, unit_norm=unit_norm)
 
 
-def value_and_grads(function, inputs, k) -> list[Tensor]:
+def value_and_grads(function: Callable, inputs: list[Tensor], k: int | None) -> list[Tensor]:
     out = function(*inputs, k)
     weight = torch.linspace(-1, 2, out.numel(), dtype=out.dtype).view_as(out)
     return [out, *torch.autograd.grad((out * weight).sum(), inputs)]
 
 
-def assert_same_as_dense(inputs, k) -> None:
-    for found, expected in zip(
-        value_and_grads(sparse, inputs, k), value_and_grads(dense, inputs, k), strict=True
-    ):
-        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+def assert_same_as_dense(inputs: list[Tensor], k: int | None) -> None:
+    close(value_and_grads(sparse, inputs, k), value_and_grads(dense, inputs, k))
 
 
 @pytest.mark.parametrize("columns", [True, False], ids=["columns", "rows"])
-@pytest.mark.parametrize("k", [1, 3, D_SAE])
+@pytest.mark.parametrize("k", [1, 3, D_SAE, None])
 @pytest.mark.parametrize("batch", [(), (7,), (3, 5), (2, 3, 4)])
 def test_values_and_gradients_equal_the_dense_form(batch, k, columns):
     assert_same_as_dense(draw(*batch, columns=columns), k)
@@ -64,8 +82,9 @@ def test_values_and_gradients_equal_the_dense_form(batch, k, columns):
 def test_random_sizes_equal_the_dense_form(trial):
     generator = torch.Generator().manual_seed(trial)
     tokens, d_in, d_sae, d_out = torch.randint(1, 40, (4,), generator=generator).tolist()
-    k = int(torch.randint(1, d_sae + 1, (), generator=generator))
-    assert_same_as_dense(draw(tokens, d_in=d_in, d_sae=d_sae, d_out=d_out), k)
+    inputs = draw(tokens, d_in=d_in, d_sae=d_sae, d_out=d_out)
+    for k in (int(torch.randint(1, d_sae + 1, (), generator=generator)), None):
+        assert_same_as_dense(inputs, k)
 
 
 @pytest.mark.parametrize("chunk_size", [1, 7, 15, 100])
@@ -74,30 +93,24 @@ def test_chunks_change_nothing(batch, chunk_size):
     inputs = draw(*batch)
 
     def chunked(x, W_enc, b_enc, table, k):
-        gate = topk_gate(x, W_enc, b_enc, k, chunk_size=chunk_size)
-        return weighted_row_sum(*gate, table)
+        return weighted_row_sum(*topk_gate(x, W_enc, b_enc, k, chunk_size=chunk_size), table)
 
-    whole = value_and_grads(sparse, inputs, 3)
-    for found, expected in zip(value_and_grads(chunked, inputs, 3), whole, strict=True):
-        torch.testing.assert_close(found, expected)
+    close(value_and_grads(chunked, inputs, 3), value_and_grads(sparse, inputs, 3))
 
 
-def test_gradients_of_unit_vectors_are_tangential():
+@pytest.mark.parametrize("k", [3, None])
+def test_gradients_of_unit_vectors_are_tangential(k):
     x, W_enc, b_enc, table = (tensor.detach() for tensor in draw(30))
     W_enc, table = W_enc / W_enc.norm(dim=0), table / table.norm(dim=1, keepdim=True)
     inputs = [tensor.requires_grad_() for tensor in (x, W_enc, b_enc, table)]
 
-    def unit(x, W_enc, b_enc, table, k):
-        return weighted_row_sum(
-            *topk_gate(x, W_enc, b_enc, k, unit_norm=True), table, unit_norm=True
-        )
+    def unit(*inputs):
+        return sparse(*inputs, unit_norm=True)
 
     def normed(x, W_enc, b_enc, table, k):
         return dense(x, W_enc / W_enc.norm(dim=0), b_enc, table / table.norm(dim=1)[:, None], k)
 
-    expected = value_and_grads(normed, inputs, 3)
-    for found, tangential in zip(value_and_grads(unit, inputs, 3), expected, strict=True):
-        torch.testing.assert_close(found, tangential, rtol=1e-9, atol=1e-11)
+    close(value_and_grads(unit, inputs, k), value_and_grads(normed, inputs, k))
 
 
 def test_gradcheck():
@@ -108,29 +121,37 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda *a: topk_gate(*a, 3)[0].sum(-1), (x, W_enc, b_enc))
     weights = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
     indices = torch.tensor([[0, 1, 2], [2, 2, 5], [12, 0, 12], [7, 7, 7]])
-    assert torch.autograd.gradcheck(lambda w, t: weighted_row_sum(w, indices, t), (weights, table))
+    counts = torch.tensor([[3, 0], [4, 5]])
+    for rows in (indices, None), (indices.flatten(), counts):
+        assert torch.autograd.gradcheck(
+            lambda w, t, rows=rows: weighted_row_sum(
+                w.view_as(rows[0]), rows[0], t, counts=rows[1]
+            ),
+            (weights, table),
+        )
 
 
+@pytest.mark.parametrize("k", [3, None])
 @pytest.mark.parametrize("frozen", range(4), ids=["x", "W_enc", "b_enc", "table"])
-def test_an_input_without_gradient_leaves_the_others_theirs(frozen):
+def test_an_input_without_gradient_leaves_the_others_theirs(frozen, k):
     inputs = draw(7)
-    expected = torch.autograd.grad(dense(*inputs, 3).square().sum(), inputs)
+    expected = torch.autograd.grad(dense(*inputs, k).square().sum(), inputs)
     inputs[frozen] = inputs[frozen].detach()
-    sparse(*inputs, 3).square().sum().backward()
+    sparse(*inputs, k).square().sum().backward()
     assert inputs[frozen].grad is None
     for i in {0, 1, 2, 3} - {frozen}:
-        torch.testing.assert_close(inputs[i].grad, expected[i], rtol=1e-10, atol=1e-12)
+        close(inputs[i].grad, expected[i])
 
 
 def test_gate_gives_the_k_largest_and_where_they_are():
     x, W_enc, b_enc, _ = draw(9)
     pre = x @ W_enc + b_enc
     values, indices = topk_gate(x, W_enc, b_enc, 4)
-    torch.testing.assert_close(values, pre.gather(-1, indices).clamp_min(0))
+    close(values, pre.gather(-1, indices).clamp_min(0))
     left_out = pre.scatter(-1, indices, -torch.inf).amax(-1)
     assert (pre.gather(-1, indices).amin(-1) >= left_out).all()
-    for found, expected in zip(topk_relu(pre, 4), (values, indices), strict=True):
-        torch.testing.assert_close(found, expected)
+    picked = topk_relu(pre.detach().split(2), 4, batch=torch.Size([3, 3]), dtype=pre.dtype)
+    close(picked, (values.detach().view(3, 3, 4), indices.view(3, 3, 4)))
 
 
 def test_ties_choose_k_different_experts_and_give_only_them_gradient():
@@ -140,74 +161,80 @@ def test_ties_choose_k_different_experts_and_give_only_them_gradient():
         b_enc[:] = 50.0
     values, indices = topk_gate(x, W_enc, b_enc, 4)
     assert all(len(set(row)) == 4 for row in indices.tolist())
-    torch.testing.assert_close(values, (x @ W_enc + b_enc)[:, :4])
+    close(values, (x @ W_enc + b_enc)[:, :4])
     values.sum().backward()
-    torch.testing.assert_close(b_enc.grad, indices.flatten().bincount(minlength=D_SAE).double())
-    torch.testing.assert_close(x.grad, 4 * W_enc[:, 0].expand(5, -1))
+    close(b_enc.grad, indices.flatten().bincount(minlength=D_SAE).double())
+    close(x.grad, 4 * W_enc[:, 0].expand(5, -1))
 
 
-def test_a_row_that_rectifies_to_zero_gives_zeros_and_no_gradient():
-    x, W_enc, b_enc, table = draw(6)
+@pytest.mark.parametrize("k", [3, None])
+def test_a_row_that_rectifies_to_zero_gives_zeros_and_no_gradient(k):
+    x, W_enc, b_enc, _ = inputs = draw(6)
     with torch.no_grad():
         W_enc.abs_()
         x[2] = -100.0
     assert (x[2] @ W_enc + b_enc < 0).all()
-    assert_same_as_dense([x, W_enc, b_enc, table], 3)
-    out, grad_x, *_ = value_and_grads(sparse, [x, W_enc, b_enc, table], 3)
+    assert_same_as_dense(inputs, k)
+    out, grad_x, *_ = value_and_grads(sparse, inputs, k)
     assert (out[2] == 0).all() and (grad_x[2] == 0).all() and grad_x[1].any()
 
 
 def test_fewer_than_k_positive_carry_zeros():
-    x, W_enc, b_enc, table = draw(6)
+    x, W_enc, b_enc, _ = inputs = draw(6)
     with torch.no_grad():
         b_enc -= 1.5
     alive = (x @ W_enc + b_enc > 0).sum(-1)
     assert 0 < alive.max() < 9 and alive.unique().numel() > 1
-    assert_same_as_dense([x, W_enc, b_enc, table], 9)
+    assert_same_as_dense(inputs, 9)
     values, _ = topk_gate(x, W_enc, b_enc, 9)
     assert ((values > 0).sum(-1) == alive).all()
 
 
+@pytest.mark.parametrize("k", [3, None])
 @pytest.mark.parametrize("batch", [(0,), (3, 0), (0, 2)])
-def test_empty_batch(batch):
+def test_empty_batch(batch, k):
     inputs = draw(*batch)
-    out, grad_x, *grads = value_and_grads(sparse, inputs, 3)
+    out, grad_x, *grads = value_and_grads(sparse, inputs, k)
     assert out.shape == (*batch, D_OUT) and grad_x.shape == inputs[0].shape
     for grad, parameter in zip(grads, inputs[1:], strict=True):
         assert grad.shape == parameter.shape and (grad == 0).all()
 
 
-def test_an_expert_used_twice_by_a_token_counts_twice():
+@pytest.mark.parametrize("counts", [None, torch.tensor([2])], ids=["k", "ragged"])
+def test_an_expert_used_twice_by_a_token_counts_twice(counts):
     table = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
-    weights = torch.tensor([[2.0, 3.0]], dtype=torch.float64, requires_grad=True)
-    out = weighted_row_sum(weights, torch.tensor([[1, 1]]), table)
-    torch.testing.assert_close(out, 5 * table[1:2])
+    shape = (1, 2) if counts is None else (2,)
+    weights = torch.tensor([2.0, 3.0], dtype=torch.float64).view(shape).requires_grad_()
+    out = weighted_row_sum(weights, torch.ones(shape, dtype=torch.long), table, counts=counts)
+    close(out, 5 * table[1:2])
     out.sum().backward()
-    torch.testing.assert_close(table.grad[1], torch.full((3,), 5.0).double())
-    torch.testing.assert_close(weights.grad, table[1].sum().detach().expand(1, 2))
+    close(table.grad[1], torch.full((3,), 5.0).double())
+    close(weights.grad, table[1].sum().detach().expand(shape))
 
 
-def test_to_dense_writes_every_coefficient_where_it_belongs():
-    values = torch.tensor([[[1.0, 2.0]], [[3.0, 0.0]]])
-    indices = torch.tensor([[[3, 0]], [[1, 2]]])
+def test_to_dense_writes_every_activation_where_it_belongs():
+    values, indices = torch.tensor([[[1.0, 2.0]], [[3.0, 0.0]]]), torch.tensor([[[3, 0]], [[1, 2]]])
     expected = [[[2.0, 0.0, 0.0, 1.0]], [[0.0, 3.0, 0.0, 0.0]]]
     assert to_dense(values, indices, 4).tolist() == expected
+    assert token_of(indices, None).tolist() == [0, 0, 1, 1]
+    counts = torch.tensor([[2], [0], [1]])
+    ragged = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([3, 0, 1])
+    expected.insert(1, [[0.0] * 4])
+    assert to_dense(*ragged, 4, counts=counts).tolist() == expected
+    assert token_of(ragged[1], counts).tolist() == [0, 0, 2]
 
 
-def test_bfloat16_autocast_stays_close_to_float32():
+@pytest.mark.parametrize("k", [16, None])  # all of them, lest rounding swaps experts
+def test_bfloat16_autocast_stays_close_to_float32(k):
     inputs = draw(64, d_in=32, d_sae=16, d_out=8, dtype=torch.float32)
-    k = 16  # all of them, lest rounding swaps experts
     expected = value_and_grads(dense, inputs, k)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = sparse(*inputs, k)
-        assert topk_gate(*inputs[:3], k)[0].dtype == torch.float32
-    weight = torch.linspace(-1, 2, out.numel()).view_as(out)
-    found = [out, *torch.autograd.grad((out * weight).sum(), inputs)]
-    for ours, theirs, leaf in zip(found, expected, [out, *inputs], strict=True):
-        assert ours.dtype == torch.float32 == leaf.dtype
-        error = (ours - theirs).norm() / theirs.norm()
-        assert error < 0.1
-    assert (out - expected[0]).abs().max() > 0  # it did run in bfloat16
+        assert topk_gate(*inputs[:3], 16)[0].dtype == torch.float32
+        found = value_and_grads(sparse, inputs, k)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == torch.float32
+        assert (ours - theirs).norm() / theirs.norm() < 0.1
+    assert (found[0] - expected[0]).abs().max() > 0  # it did run in bfloat16
 
 
 def saved_for_backward(function, inputs, k) -> list[tuple[int, ...]]:

@@ -1,55 +1,115 @@
-"""Language models that can be loaded but not used, and how they say so."""
+"""One MLP of a language model: what is known of it and read there; models that are refused."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
+import torch
+from sae_lens.saes.sae import SAEMetadata
+from transformer_lens import HookedTransformer
 from transformers import BloomConfig, BloomForCausalLM, OPTConfig, OPTForCausalLM
 
 from mxd_lens.models.load import load_model
-from mxd_lens.models.site import mlp_hooks
+from mxd_lens.models.site import Site
 from mxd_lens.models.splice import get_mlp
 from tests.conftest import D_MLP, D_MODEL, N_LAYERS, N_VOCAB, save
+from tests.helpers import MODEL_SHAPE, close32, make_layer
+from tests.reference import FORMULAS
 
-SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
-
-
-@pytest.fixture(scope="module")
-def opt_folder(tmp_path_factory) -> Path:
-    config = OPTConfig(
-        vocab_size=N_VOCAB,
-        hidden_size=D_MODEL,
-        word_embed_proj_dim=D_MODEL,
-        ffn_dim=D_MLP,
-        num_hidden_layers=N_LAYERS,
-        num_attention_heads=2,
-        max_position_embeddings=32,
-        **SPECIAL,
-    )
-    return save(OPTForCausalLM(config), tmp_path_factory.mktemp("models") / "opt")
-
-
-@pytest.fixture(scope="module")
-def bloom_folder(tmp_path_factory) -> Path:
-    config = BloomConfig(
-        vocab_size=N_VOCAB, hidden_size=D_MODEL, n_layer=N_LAYERS, n_head=2, **SPECIAL
-    )
-    return save(BloomForCausalLM(config), tmp_path_factory.mktemp("models") / "bloom")
+COMMON = {"vocab_size": N_VOCAB, "hidden_size": D_MODEL}
+COMMON |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+OPT = OPTConfig(
+    word_embed_proj_dim=D_MODEL,
+    ffn_dim=D_MLP,
+    num_hidden_layers=N_LAYERS,
+    num_attention_heads=2,
+    max_position_embeddings=32,
+    **COMMON,
+)
+BLOOM = BloomConfig(n_layer=N_LAYERS, n_head=2, **COMMON)
 
 
 @pytest.mark.parametrize(
-    ("folder", "why"),
+    ("cls", "config", "why"),
     [
-        ("opt_folder", "which in a OPTDecoderLayer is no module of its own"),
-        ("bloom_folder", "which in a BloomMLP adds the residual stream to its output"),
+        (OPTForCausalLM, OPT, "which in a OPTDecoderLayer is no module of its own"),
+        (BloomForCausalLM, BLOOM, "which in a BloomMLP adds the residual stream to its output"),
     ],
 )
-@pytest.mark.parametrize("use", [mlp_hooks, get_mlp])
-def test_an_mlp_that_a_bridge_cannot_replace_is_refused(request, folder, why, use):
-    model = load_model(str(request.getfixturevalue(folder)))
-    with pytest.raises(ValueError, match=f"the MLP of layer 1, {why}; load .* HookedTransf"):
-        use(model, 1)
+def test_an_mlp_that_a_bridge_cannot_replace_is_refused(tmp_path, cls, config, why):
+    model = load_model(str(save(cls(config), tmp_path / "model")))
+    for use in (Site.at, get_mlp):
+        with pytest.raises(ValueError, match=f"the MLP of layer 1, {why}; load .* HookedTransf"):
+            use(model, 1)
+
+
+@pytest.mark.parametrize(
+    "model", ["tiny_hooked", "tiny_hooked_mlp", "tiny_bridge", "tiny_bridge_gpt2", "plain_bridge"]
+)
+class TestSite:
+    @pytest.fixture
+    def lm(self, request, model):
+        return request.getfixturevalue(model)
+
+    def test_its_weights_are_those_of_the_mlp_between_its_hooks(self, lm, tokens):
+        site = Site.at(lm, 1)
+        _, cache = lm.run_with_cache(tokens)
+        x, mlp = cache[site.hook_in], site.mlp
+        z = x @ mlp.W_in + mlp.b_in
+        if mlp.W_gate is None:
+            z = FORMULAS[mlp.act_fn](z)
+        else:
+            z = FORMULAS[mlp.act_fn](x @ mlp.W_gate + mlp.b_gate) * z
+        close32(z @ mlp.W_out + mlp.b_out, cache[site.hook_out])
+        assert (mlp.shape.d_in, mlp.shape.d_out, mlp.shape.d_hidden) == (D_MODEL, D_MODEL, D_MLP)
+
+    def test_reads_the_activations_of_non_special_tokens(self, lm):
+        site = Site.at(lm, 1)
+        tokens = torch.randint(N_VOCAB, (3, 9))
+        names = ["bos_token_id", "eos_token_id", "pad_token_id"] if lm.tokenizer else []
+        special = {getattr(lm.tokenizer, name) for name in names}
+        assert {*site.special.tolist()} == special
+        kept = torch.tensor([[int(token) not in special for token in row] for row in tokens])
+        assert torch.equal(site.non_special(tokens), kept)
+        _, cache = lm.run_with_cache(tokens, prepend_bos=False)
+        seen = site.read(tokens, site.hooks)
+        assert list(seen) == list(site.hooks)
+        for hook in site.hooks:
+            close32(seen[hook], cache[hook][kept])
+        with pytest.raises(ValueError, match=r"the model has no hook 'blocks.0.mlp.hook_nothing'"):
+            site.read(tokens, ("blocks.0.mlp.hook_nothing",))
+
+    def test_of_a_layer_is_where_it_was_trained(self, lm):
+        layer, site = make_layer("mxd", **MODEL_SHAPE), Site.at(lm, 2)
+        layer.cfg.metadata = SAEMetadata(hook_name=site.hook_in, hook_name_out=site.hook_out)
+        found = Site.of(lm, layer)
+        assert (found.layer, found.hooks, found.model) == (2, site.hooks, lm)
+        layer.cfg.metadata.model_name, layer.cfg.metadata.norms_folded = "tiny", True
+        with pytest.raises(ValueError, match="this layer was trained on processed"):
+            Site.of(lm, layer)
+        layer.cfg.metadata = SAEMetadata()
+        with pytest.raises(ValueError, match="metadata must say hook_name"):
+            Site.of(lm, layer)
+
+    @pytest.mark.parametrize("layer", [3, -1])
+    def test_no_such_layer(self, lm, layer):
+        with pytest.raises(ValueError, match=f"no layer {layer}: .* layers 0 to 2"):
+            Site.at(lm, layer)
+
+
+def test_the_names_of_a_bridges_hooks_are_restored(tiny_bridge, tokens):
+    hook_in, hook_out = Site.at(tiny_bridge, 1).hooks
+    layer = make_layer("mxd", **MODEL_SHAPE)
+    layer.cfg.metadata = SAEMetadata(hook_name=hook_in, hook_name_out=hook_out)
+    zero = [(hook_out, lambda t, hook: 0 * t)]
+    expected = tiny_bridge.run_with_hooks(tokens, fwd_hooks=zero)
+    tiny_bridge.run_with_saes(tokens, saes=[layer])
+    Site.of(tiny_bridge, layer)
+    close32(tiny_bridge.run_with_hooks(tokens, fwd_hooks=zero), expected)
+
+
+def test_a_bare_hooked_transformer_has_no_hook_to_read_at(tiny_hooked):
+    with pytest.raises(ValueError, match=r"a bare HookedTransformer has no blocks.1.mlp.hook_in"):
+        Site.at(HookedTransformer(tiny_hooked.cfg), 1)
 
 
 def test_a_hooked_transformer_reads_no_folder(llama_folder):

@@ -1,64 +1,76 @@
-"""The paper's settings, built without their weights."""
-
-import json
-import math
+"""The paper's settings, as `mxd-lens train --config_path` takes them."""
 
 import pytest
 
-from mxd_lens.cli import main
-from mxd_lens.runs.presets import PRESETS, dry_run
+from mxd_lens.cli import CONFIGS, main, make_parser
+from mxd_lens.layers import answers, width_for
+from mxd_lens.layers.mlp import MLPShape
 
-PARAMETER_COUNTS = {  # 32x transcoders: d_in * 32 d_in, twice, and biases
-    "gpt2-124m": 37_774_080,
-    "pythia-410m": 67_142_656,
-    "pythia-1.4b": 268_503_040,
-    "llama-3.2-3b": 604_081_152,
+PAPER = {
+    "gpt2-124m": (8, 1e-4, MLPShape(768, 768, 3072, "gelu_new", False)),
+    "pythia-410m": (15, 2e-4, MLPShape(1024, 1024, 4096, "gelu", False)),
+    "pythia-1.4b": (12, 2e-4, MLPShape(2048, 2048, 8192, "gelu", False)),
+    "llama-3.2-3b": (12, 1e-4, MLPShape(3072, 3072, 8192, "silu", True)),
 }
+"""Layer, learning rate and shape of the MLP."""
 
 
-@pytest.mark.parametrize("name", PRESETS)
+def parse(*arguments):
+    return make_parser().parse_args(["train", *arguments]).cfg
+
+
+def test_all_are_packaged():
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == set(PAPER)
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_layers_and_learning_rates_are_the_papers(name):
+    cfg = parse("--config_path", name)
+    assert (cfg.layer, cfg.peak_lr, cfg.architecture) == (*PAPER[name][:2], "mxd_paper")
+    assert (cfg.batch_size, cfg.context_size, cfg.training_tokens) == (4096, 128, 480_000_000)
+    assert (cfg.warm_up_and_decay, cfg.streaming, cfg.expansion) == ((5000, 0), True, 32)
+
+
+@pytest.mark.parametrize("name", PAPER)
 @pytest.mark.parametrize("architecture", ["mxd", "topk_transcoder", "topk_skip_transcoder", "topk"])
 def test_all_architectures_have_as_many_parameters(name, architecture):
-    preset = PRESETS[name]
-    shapes = dry_run(preset, preset.train_config(architecture=architecture))
-    total = sum(math.prod(shape) for shape in shapes.values())
-    assert total == pytest.approx(PARAMETER_COUNTS[name], rel=1e-3)
+    mlp = PAPER[name][2]
+    budget = 32 * mlp.d_in * (mlp.d_in + mlp.d_out)
+    width = width_for(architecture, mlp, 32)
+    assert width == answers(architecture).width_for(budget, mlp)
+    dense = {"mxd": mlp.n_hidden, "topk_skip_transcoder": mlp.d_in * mlp.d_out}
+    per_unit = 2 * mlp.d_out if architecture == "topk" else mlp.d_in + mlp.d_out
+    total = width * per_unit + dense.get(architecture, 0)
+    assert total == pytest.approx(budget, rel=1e-3)
 
 
-def test_layers_and_learning_rates_are_the_papers():
-    assert {name: (preset.layer, preset.lr) for name, preset in PRESETS.items()} == {
-        "gpt2-124m": (8, 1e-4),
-        "pythia-410m": (15, 2e-4),
-        "pythia-1.4b": (12, 2e-4),
-        "llama-3.2-3b": (12, 1e-4),
-    }
+def test_the_width_that_the_paper_names():
+    assert width_for("mxd_paper", PAPER["gpt2-124m"][2], 32) == 21_490
 
 
-def test_the_command_shows_the_papers_recipe(capsys):
-    main(["train", "--preset", "gpt2-124m", "--dry_run", "--k", "64", "--output", "elsewhere"])
-    shown = json.loads(capsys.readouterr().out)
-    assert shown["shapes"]["W_enc"] == [768, 21_490]
-    assert shown["shapes"]["W_hidden"] == [768, 3072]
-    assert "W_hidden_gate" not in shown["shapes"]
-    config = shown["config"]
-    assert (config["model"], config["layer"], config["k"]) == ("gpt2", 8, 64)
-    assert (config["recipe"], config["output"]) == ("paper", "elsewhere")
-    assert (config["batch_size"], config["context_size"]) == (4096, 128)
-    assert (config["lr_warm_up_steps"], config["lr_decay_steps"]) == (5000, 0)
-    assert config["training_tokens"] == 480_000_000
+def test_options_override_the_file(tmp_path):
+    cfg = parse("--config_path", "gpt2-124m", "--k", "64", "--output", str(tmp_path))
+    assert (cfg.model, cfg.k, cfg.output) == ("gpt2", 64, str(tmp_path))
 
 
-def test_llama_is_gated():
-    preset = PRESETS["llama-3.2-3b"]
-    assert dry_run(preset, preset.train_config())["W_hidden_gate"] == (3072, 8192)
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "No such file"),
+        ("{", "own.yaml is no configuration"),
+        ("3", "own.yaml is no configuration"),
+        ("width: 3", "own.yaml is no configuration: .*width"),
+    ],
+)
+def test_a_file_that_is_no_configuration(tmp_path, content, message):
+    path = tmp_path / "own.yaml"
+    if content is not None:
+        path.write_text(content)
+    common = ["--model", "m", "--layer", "0", "--dataset", "d", "--output", str(tmp_path)]
+    with pytest.raises(SystemExit, match=f"^mxd-lens: .*{message}"):
+        main(["train", "--config_path", str(path), *common])
 
 
-def test_a_dry_run_of_nothing(tmp_path):
-    with pytest.raises(SystemExit, match="name one with --preset"):
-        main(f"train --dry_run --model m --layer 0 --dataset d --output {tmp_path}".split())
-
-
-def test_no_such_preset(capsys):
-    with pytest.raises(SystemExit):
-        main(["train", "--preset", "gpt5"])
-    assert "invalid choice: 'gpt5'" in capsys.readouterr().err
+def test_a_warm_up_that_is_longer_than_the_run():
+    with pytest.raises(ValueError, match="lr_warm_up_steps=5000 and lr_decay_steps=0 are more"):
+        parse("--config_path", "gpt2-124m", "--training_tokens", "40960")

@@ -1,45 +1,34 @@
-"""The report's content, and that nothing of a corpus becomes part of the page."""
+"""The pages' content, and that nothing of a corpus becomes part of a page."""
 
 import json
 import random
+from base64 import b64decode
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 from plotly.offline import get_plotlyjs
 
-from mxd_lens.report.page import write_report
-from mxd_lens.report.tables import summary
+from mxd_lens.files import write_json
+from mxd_lens.report.page import write_comparison_page, write_report, write_run_page
+from mxd_lens.report.tables import comparison_table, method_label, summary, table
+from mxd_lens.runs.results import read_rows
 
 from ..conftest import TINY_RUN
 
 HOSTILE = '</script><img src=x onerror="window.pwned=1"><!--data--> & %{x} \u2028'
-
-FAITHFULNESS = {
-    "architecture": "mxd",
-    "recipe": "centred",
-    "model_name": "tiny",
-    "hook_name": "blocks.1.mlp.hook_in",
-    "hook_name_out": "blocks.1.mlp.hook_out",
-    "k": 3,
-    "d_sae": 12,
-    "n_parameters": 1000,
-    "ce_original": 3.0,
-    "ce_replaced": 3.0625,
-    "ce_mean_gate": 3.125,
-    "ce_shuffled_gate": 3.25,
-    "ce_shuffled_gate_matched": 3.1875,
-    "ce_zero_ablation": 3.5,
-    "kl": 0.01,
-    "ce_increase": 0.0625,
-    "ce_recovered": 0.875,
-    "fvu": 0.04,
-    "nmse": 0.05,
-    "l0": 3.0,
-    "alive_fraction": 0.75,
-    "always_on": 0,
-    "dataset": "tiny (held out)",
-}
-
+HOOKS = {"hook_name": "blocks.1.mlp.hook_in", "hook_name_out": "blocks.1.mlp.hook_out"}
+PLACE = HOOKS | {"model_name": "tiny", "k": 3, "d_sae": 12}
+CE = {"ce_original": 3.0, "ce_replaced": 3.0625, "ce_increase": 0.0625, "ce_zero_ablation": 3.5}
+GATE = {"ce_mean_gate": 3.125, "ce_shuffled_gate": 3.25, "ce_shuffled_gate_matched": 3.1875}
+UNITS = {"k": 3, "l0": 3.0, "alive_fraction": 0.75, "always_on": 0, "experts_cosine": 0.5}
+ERRORS = {"ce_recovered": 0.875, "kl": 0.01, "fvu": 0.04, "nmse": 0.05, "nmse_median": 0.04}
+WHAT = {"architecture": "mxd", "seed": 0, "lr": 0.01, "dataset": "tiny (held out)"}
+WHAT |= {"n_parameters": 1000, "training_tokens": 1280, "heldout_tokens": 300, "ce_tokens": 250}
+WHAT |= {"d_hidden": 32, "ce_replaced_all_positions": 3.0625}
+FAITHFULNESS = PLACE | CE | GATE | UNITS | ERRORS | WHAT
+CONTROL = FAITHFULNESS | dict.fromkeys([*GATE, *UNITS])
+CONTROL |= {"architecture": "dense", "ce_increase": 0.125}
 TEXTS = [
     [" the", " cat", "\n", " sat", HOSTILE, " on"],
     [" a", " dog", " ran", " after", " the", " fish"],
@@ -47,82 +36,57 @@ TEXTS = [
 ]
 
 
+def context(text, position, value, quantile=1.0):
+    return {"text": text, "position": position, "value": value, "quantile": quantile}
+
+
 def expert(i, **fields):
-    return {
-        "id": i,
-        "name": "",
-        "density": 0.001 * (i + 1),
-        "mean": 1.0 + i % 3,
-        "max": 4.0,
-        "histogram": [20 - bar for bar in range(20)],
-        "contexts": [
-            {"text": 0, "position": 1, "value": 4.0, "quantile": 1.0},
-            {"text": 1, "position": 2, "value": 3.0, "quantile": 0.5},
-        ],
-        "coherence": None,
-        "same_token": 0.5,
-        "meaningful": False,
-        "promoted": None,
-        "suppressed": None,
-        "agreement": None,
-        "alike": [],
-        "coactive": [],
-        "rank": 16,
-        "effective_rank": 9.5,
-        "sample": None,
-        **fields,
-    }
+    fires = {"density": 0.001 * (i + 1), "mean": 1.0 + i % 3, "max": 4.0, "same_token": 0.5}
+    fires |= {"contexts": [context(0, 1, 4.0), context(1, 2, 3.0, 0.5)]}
+    fires |= {"histogram": [20 - bar for bar in range(20)], "meaningful": False}
+    weights = {"nearest": [], "coactive": [], "rank": 16, "effective_rank": 9.5}
+    nothing = dict.fromkeys(("coherence", "promoted", "suppressed", "agreement", "sample"))
+    return {"id": i, "name": "", **fires, **weights, **nothing, **fields}
 
 
-EXPERTS = {
-    "model_name": "tiny",
-    "hook_name": "blocks.1.mlp.hook_in",
-    "hook_name_out": "blocks.1.mlp.hook_out",
-    "architecture": "mxd",
-    "k": 3,
-    "d_sae": 12,
-    "dataset": "tiny",
-    "n_tokens": 5000,
-    "n_live": 5,
+EXPERTS = PLACE | {
+    **{"architecture": "mxd", "dataset": "tiny", "n_tokens": 5000, "n_live": 5, "asked": {}},
     "rule": f"An expert counts where {HOSTILE}",
     "texts": TEXTS,
     "experts": [
         expert(0, name=HOSTILE, sample=f"steered\n{HOSTILE}", promoted=[[HOSTILE, 1.5]]),
         expert(
             2,
-            name="animals · cats",
-            meaningful=True,
-            coherence=0.25,
-            agreement=0.995,
-            promoted=[[" kitten", 1.23456789], ["\n", 0.5]],
+            **{"name": "animals · cats", "meaningful": True, "coherence": 0.25, "agreement": 0.995},
+            promoted=[[" kitten", 1.235], ["\n", 0.5]],
             suppressed=[[" rock", -0.5]],
-            alike=[[7, 0.875], [11, 0.5]],
+            nearest=[[7, 0.875], [11, 0.5]],
             coactive=[[0, 0.25]],
-            contexts=[
-                {"text": 0, "position": 1, "value": 4.0, "quantile": 1.0},
-                {"text": 2, "position": 30, "value": 3.5, "quantile": 1.0},
-                {"text": 0, "position": 2, "value": 1.0, "quantile": 0.25},
-            ],
+            contexts=[context(0, 1, 4.0), context(2, 30, 3.5), context(0, 2, 1.0, 0.25)],
         ),
         expert(3, coherence=0.5),
         expert(7, name="dogs", meaningful=True, coherence=0.125, agreement=0.255),
-        expert(9, contexts=[{"text": 1, "position": 5, "value": 2.0, "quantile": 1.0}]),
+        expert(9, contexts=[context(1, 5, 2.0)]),
     ],
 }
+UNDESCRIBED = EXPERTS | {"experts": [expert(i) for i in range(3)]}
+"""Where an expert fires, and nothing that takes long to measure."""
 
 
 def probe_file(name="mxd", k=3, f1=0.5):
-    def row(of, features, f1, seed=0, name=name, k=k, run_seed=0):
+    def row(of, features, f1, seed=0, **who):
         n = None if features is None else len(features)
-        about = {"data": "tiny", "name": name, "k": k, "run_seed": run_seed, "class": of}
-        return about | {"n_features": n, "features": features, "f1": f1, "seed": seed}
+        how = {"class": of, "features": features, "seed": seed, "test_size": 0.5}
+        return mean(n, f1, **who) | how | {"n_train": 4, "n_test": 4}
 
-    def mean(n, f1, name=name, k=k, run_seed=0):
-        about = {"data": "tiny", "name": name, "k": k, "run_seed": run_seed}
-        return about | {"n_features": n, "f1": f1}
+    def mean(n, f1, **who):
+        about = {"data": "tiny", "architecture": name, "k": k, "run_seed": 0} | who
+        others = dict.fromkeys(["accuracy", "balanced_accuracy", "roc_auc"], 0.5)
+        return about | others | {"n_features": n, "f1": f1}
 
+    nobody = {"k": None, "run_seed": None}
     return {
-        "datasets": {"tiny": {"n_texts": 8, "classes": ["cats", HOSTILE]}},
+        "datasets": {"tiny": {"asked": {"n_texts": 8}, "classes": ["cats", HOSTILE]}},
         "rows": [
             row("cats", [7], 0.75),
             row("cats", [2], 0.5, seed=1),
@@ -130,30 +94,27 @@ def probe_file(name="mxd", k=3, f1=0.5):
             row("cats", [7, 3], 0.875),
             row(HOSTILE, [11, 0], 0.5),
             row(HOSTILE, None, 1.0),
-            row("cats", [9], 1.0, name="neurons", k=None, run_seed=None),
+            row("cats", [9], 1.0, architecture="neurons", **nobody),
             row("cats", [9], 1.0, run_seed=1),
         ],
         "summary": [
             mean(1, f1),
             mean(2, f1 + 0.25),
-            mean(1, 0.375, name="neurons", k=None, run_seed=None),
-            mean(0, 0.0, name="majority", k=None, run_seed=None),
+            mean(1, 0.375, architecture="neurons", **nobody),
+            mean(0, 0.0, architecture="majority", **nobody),
         ],
     }
 
 
 def steering_file(name="mxd", prompt="So"):
     scored = [(2, 1.0, 0.5, 20.0), (3, 1.0, 0.25, 40.0), (2, 2.0, 0.75, 80.0)]
-    return {
-        "edit": "contribution",
+    sizes = {"n_samples": 2, "n_tokens": 8, "temperature": 0.9, "seed": 0}
+    return sizes | {
+        "edit": "direction",
         "prompt": prompt,
-        "n_samples": 2,
-        "n_tokens": 8,
-        "temperature": 0.9,
-        "seed": 0,
         "unsteered": {"coherence": 0.25, "perplexity": 10.0},
         "rows": [
-            {"name": name, "expert": expert, "strength": strength, "amount": 7.5 * strength}
+            {"architecture": name, "expert": expert, "strength": strength, "amount": 7.5 * strength}
             | {"coherence": coherence, "perplexity": perplexity, "samples": [HOSTILE, "other"]}
             for expert, strength, coherence, perplexity in scored
         ],
@@ -164,25 +125,32 @@ def write_run(folder, architecture="mxd", k=3, seed=0, **files):
     """A finished run: its configuration, its faithfulness, and ``files`` by stem."""
     folder.mkdir(parents=True)
     cfg = TINY_RUN | {"architecture": architecture, "k": k, "seed": seed}
-    row = {"name": architecture, "seed": seed} | FAITHFULNESS | {"architecture": architecture}
-    files = {"runner_cfg": cfg, "results": row | {"k": k}} | files
-    for stem, value in files.items():
-        (folder / f"{stem}.json").write_text(json.dumps(value))
+    row = FAITHFULNESS | {"architecture": architecture, "k": k, "seed": seed}
+    (folder / "runner_cfg.json").write_text(json.dumps(cfg))
+    for stem, value in ({"results": row} | files).items():
+        write_json(folder / f"{stem}.json", {"version": 1} | value)
     return folder
 
 
-def write_comparison(folder):
+def write_comparison(folder, **same):
     """A run with everything, and three beside it of which one has the same k and seed."""
     run = write_run(folder / "mxd", experts=EXPERTS, probe=probe_file(), steering=steering_file())
     other = "topk_transcoder"
-    write_run(
-        folder / "same", other, probe=probe_file(other, f1=0.25), steering=steering_file(other)
-    )
+    files = {"probe": probe_file(other, f1=0.25), "steering": steering_file(other)} | same
+    write_run(folder / "same", other, **files)
     write_run(folder / "other-k", "topk", k=2, steering=steering_file("topk"))
     write_run(folder / "other-seed", "topk", seed=1, probe=probe_file("topk"))
-    rows = [json.loads(path.read_text()) for path in sorted(folder.glob("*/results.json"))]
-    (folder / "results.json").write_text(json.dumps(rows))
+    write_rows(folder, *(read_rows(path)[0] for path in sorted(folder.glob("*/results.json"))))
     return run
+
+
+def write_rows(folder, *rows):
+    """A comparison's results."""
+    write_json(folder / "comparison.json", {})
+    write_json(
+        folder / "results.json", {"version": 1, "rows": [FAITHFULNESS | row for row in rows]}
+    )
+    return folder / "results.json"
 
 
 class Page(HTMLParser):
@@ -212,12 +180,23 @@ class Page(HTMLParser):
 
     @property
     def data(self):
-        return next(json.loads(text) for attrs, text in self.scripts if attrs.get("id") == "data")
+        return next((json.loads(text) for of, text in self.scripts if of.get("id") == "data"), None)
 
     @property
     def figures(self):
         kind = {"type": "application/json"}
-        return [json.loads(text) for attrs, text in self.scripts if attrs == kind]
+        return [json.loads(text, object_hook=decoded) for of, text in self.scripts if of == kind]
+
+    def figure_with(self, axis):
+        of_axis = (of for of in self.figures if axis in of["layout"]["xaxis"]["title"]["text"])
+        return next(of_axis)
+
+
+def decoded(value):
+    """plotly's arrays, which are base64, as lists."""
+    if "bdata" not in value:
+        return value
+    return np.frombuffer(b64decode(value["bdata"]), value["dtype"]).tolist()
 
 
 @pytest.fixture
@@ -230,10 +209,15 @@ def bare(tmp_path):
     return Page(write_report(write_run(tmp_path / "run")))
 
 
-def figure_with(page, axis):
-    return next(
-        figure for figure in page.figures if axis in figure["layout"]["xaxis"]["title"]["text"]
-    )
+@pytest.fixture
+def compared(tmp_path):
+    """``compared(*rows)``: the page of a comparison of such layers."""
+
+    def write(*rows):
+        write_comparison_page(write_rows(tmp_path, *rows))
+        return Page(tmp_path / "results.html")
+
+    return write
 
 
 class TestWhatIsThere:
@@ -245,12 +229,13 @@ class TestWhatIsThere:
         assert "MxD, k = 3" in bare.text and "blocks.1.mlp.hook_out of tiny" in bare.text
 
     def test_frontier_of_the_whole_comparison(self, whole):
-        frontier = figure_with(whole, "k, experts or units")
+        frontier = whole.figure_with("k, experts or units")
         at = {trace["name"]: trace["x"] for trace in frontier["data"]}
-        assert at == {"MxD": [3], "transcoder": [3], "SAE of the MLP's output": [2, 3]}
+        alone = {name: [3] for name in ("MxD", "transcoder")}
+        assert at == alone | {"SAE of the MLP's output": [2, 3], "MLP removed": [2, 3]}
 
     def test_probes_of_the_runs_alike(self, whole):
-        bars = {bar["name"]: bar for bar in figure_with(whole, "features the probe reads")["data"]}
+        bars = {bar["name"]: bar for bar in whole.figure_with("features the probe reads")["data"]}
         assert list(bars) == ["MxD", "transcoder", "neurons"]
         assert bars["MxD"]["x"] == ["1", "2"] and bars["MxD"]["y"] == [0.5, 0.75]
         assert bars["transcoder"]["y"] == [0.25, 0.5]
@@ -258,43 +243,37 @@ class TestWhatIsThere:
         assert "tinytranscoder300.2500.500" in whole.text  # the table's line
 
     def test_probes_of_other_texts_are_left_out(self, tmp_path):
-        run = write_comparison(tmp_path)
-        path = tmp_path / "same" / "probe.json"
-        probes = json.loads(path.read_text())
-        probes["datasets"]["tiny"]["n_texts"] = 9
-        path.write_text(json.dumps(probes))
-        bars = figure_with(Page(write_report(run)), "features the probe reads")["data"]
+        probes = probe_file("topk_transcoder")
+        probes["datasets"]["tiny"]["asked"]["n_texts"] = 9
+        page = Page(write_report(write_comparison(tmp_path, probe=probes)))
+        bars = page.figure_with("features the probe reads")["data"]
         assert [bar["name"] for bar in bars] == ["MxD", "neurons"]
 
     def test_a_guess_is_a_line(self, whole):
-        layout = figure_with(whole, "features the probe reads")["layout"]
+        layout = whole.figure_with("features the probe reads")["layout"]
         assert [(shape["y0"], shape["y1"]) for shape in layout["shapes"]] == [(0.0, 0.0)]
         assert [note["text"] for note in layout["annotations"]] == ["majority"]
 
     def test_a_method_has_one_colour_in_all_figures(self, whole):
-        frontier = figure_with(whole, "k, experts or units")
-        bars = figure_with(whole, "features the probe reads")
+        frontier = whole.figure_with("k, experts or units")
+        bars = whole.figure_with("features the probe reads")
         line = {trace["name"]: trace["line"]["color"] for trace in frontier["data"]}
         bar = {trace["name"]: trace["marker"]["color"] for trace in bars["data"]}
         assert all(bar[name] == line[name] for name in ("MxD", "transcoder"))
         assert len(set(bar.values())) == 3
 
     def test_steering_of_the_runs_alike(self, whole):
-        figure = figure_with(whole, "perplexity")
+        figure = whole.figure_with("perplexity")
         traces = [(trace["name"], trace["x"], trace["y"]) for trace in figure["data"]]
-        experts = [20.0, 40.0, 80.0], [0.5, 0.25, 0.75]
-        medians = [30.0, 80.0], [0.375, 0.75]
-        of_each = [
-            (name, *points) for name in ("MxD", "transcoder") for points in (experts, medians)
-        ]
+        experts, medians = ([20, 40, 80], [0.5, 0.25, 0.75]), ([30, 80], [0.375, 0.75])
+        of_each = [(n, *points) for points in (experts, medians) for n in ("MxD", "transcoder")]
         assert traces == [*of_each, ("unsteered", [10.0], [0.25])]
         assert figure["layout"]["xaxis"]["type"] == "log"
 
     def test_steering_from_another_prompt_is_left_out(self, tmp_path):
-        run = write_comparison(tmp_path)
         steering = steering_file("topk_transcoder", prompt="But")
-        (tmp_path / "same" / "steering.json").write_text(json.dumps(steering))
-        figure = figure_with(Page(write_report(run)), "perplexity")
+        run = write_comparison(tmp_path, steering=steering)
+        figure = Page(write_report(run)).figure_with("perplexity")
         assert {trace["name"] for trace in figure["data"]} == {"MxD", "unsteered"}
 
     def test_experts(self, whole):
@@ -317,6 +296,74 @@ class TestWhatIsThere:
         assert hostile["experts"] == [[11, 1, 2, 0.5], [0, 2, 2, 0.5]]
 
 
+class TestComparison:
+    def test_opens_with_three_numbers_and_bars(self, compared):
+        page = compared({}, {"architecture": "topk_transcoder", "ce_increase": 0.25}, CONTROL)
+        opening = page.text[: page.text.index("Layers", page.text.index("nats"))]
+        numbers = [opening.index(f"{n} nats") for n in ("+0.0625", "+0.1250", "+0.1875")]
+        assert numbers == sorted(numbers) and "87.5% recovered of the +0.5000" in opening
+        lost, gate = ({bar["name"]: bar["x"] for bar in of["data"]} for of in page.figures)
+        dense = method_label("dense")
+        assert lost == {"MxD": [0.0625], "transcoder": [0.25], dense: [0.125]}
+        assert gate == {"MxD": [0.1875], "transcoder": [0.1875]}
+        assert "(MLP removed: +0.5000)" in opening
+
+    def test_several_seeds_are_a_mean_and_a_range(self, compared):
+        seeds = [{"seed": 0}, {"seed": 1, "ce_increase": 0.1875}]
+        page = compared(*seeds)
+        assert "+0.1250 nats" in page.text and "2 seeds, +0.0625 to +0.1875" in page.text
+        assert page.text.count("Not measured in this comparison") == 1  # a dense control
+        (bar,) = page.figures[0]["data"]
+        assert (bar["x"], bar["error_x"]["array"]) == ([0.125], [0.0625])
+
+    def test_several_k_are_a_frontier_that_opens_at_the_middle_one(self, compared):
+        page = compared(*({"k": k, "ce_increase": 1 / k} for k in (2, 4, 8)), CONTROL)
+        lines = {line["name"]: line for line in page.figure_with("k, experts or units")["data"]}
+        assert lines["MxD"]["x"] == [2, 4, 8] and lines["MxD"]["y"] == [0.5, 0.25, 0.125]
+        dense = method_label("dense")
+        assert (lines[dense]["y"], lines["MLP removed"]["y"]) == ([0.125] * 2, [0.5] * 2)
+        assert "+0.2500 nats" in page.text and "with MxD, k = 4 in place" in page.text
+
+    def test_every_number_is_in_the_tables_and_nothing_is_where_there_is_none(self, compared):
+        page = compared({}, CONTROL)
+        for value in filter(None, FAITHFULNESS.values()):
+            assert (f"{value:.5g}" if isinstance(value, float) else str(value)) in page.text
+        assert "None" not in page.text and "nan" not in page.text.split("All numbers")[0]
+
+    def test_of_a_control_alone(self, compared):
+        assert len(compared(CONTROL).figures) == 1
+
+    @pytest.mark.parametrize(
+        ("described", "shown"),
+        [
+            ({"a": ("topk", 3, 0), "b": ("mxd", 2, 0), "c": ("mxd", 3, 0)}, "MxD, k = 3"),
+            ({"a": ("topk", 3, 0)}, "SAE of the MLP's output, k = 3"),
+        ],
+    )
+    def test_browses_the_experts_of_the_layer_it_opens_with(
+        self, compared, tmp_path, described, shown
+    ):
+        for folder, run in described.items():
+            write_run(tmp_path / folder, *run, experts=UNDESCRIBED | {"dataset": shown})
+        page = compared({"k": 2}, {"k": 3}, {"architecture": "topk"})
+        assert f"Experts of {shown}, seed 0" in page.text
+        assert [expert["id"] for expert in page.data["experts"]] == [0, 1, 2]
+        assert page.data["classes"] == [] and "What they promote agrees" not in page.text
+
+    def test_says_how_to_describe_experts(self, compared, tmp_path):
+        page = compared({})
+        assert f"mxd-lens experts {tmp_path}" in page.text and page.data is None
+
+
+def test_a_layer_without_a_gate(tmp_path):
+    assert comparison_table([FAITHFULNESS, CONTROL]).splitlines()[3].count(" - ") == 4
+    assert len(table(CONTROL).splitlines()) == 7
+    path = tmp_path / "results.html"
+    write_run_page(path, CONTROL, None)
+    (figure,) = Page(path).figures
+    assert figure["data"][0]["y"] == ["replaced", "MLP removed"]
+
+
 class TestWhatIsMissing:
     def test_says_how_to_measure_it(self, bare, tmp_path):
         for command in ("probe", "experts", "steer"):
@@ -326,7 +373,7 @@ class TestWhatIsMissing:
 
     def test_a_parent_that_is_no_comparison(self, tmp_path):
         run = write_run(tmp_path / "run")
-        (tmp_path / "results.json").write_text(json.dumps(FAITHFULNESS))
+        write_json(tmp_path / "results.json", {"version": 1} | FAITHFULNESS)
         assert len(Page(write_report(run)).figures) == 1
 
     def test_what_only_other_runs_have(self, tmp_path):
@@ -334,7 +381,7 @@ class TestWhatIsMissing:
         (run / "steering.json").unlink()
         page = Page(write_report(run))
         assert f"mxd-lens steer {run}" in page.text
-        names = {trace["name"] for trace in figure_with(page, "perplexity")["data"]}
+        names = {trace["name"] for trace in page.figure_with("perplexity")["data"]}
         assert names == {"transcoder", "unsteered"}
 
     def test_numbers_that_json_has_no_word_for(self, tmp_path):
@@ -347,14 +394,14 @@ class TestHostileText:
     def test_makes_no_element(self, whole):
         assert not [tag for tag, _ in whole.tags if tag == "img"]
         kinds = [attrs.get("type") for attrs, _ in whole.scripts]
-        assert kinds.count(None) == 2  # plotly and the page's own
+        assert kinds.count(None) == 3  # plotly, and the page's own for figures and experts
 
     def test_arrives_unchanged(self, whole):
         assert whole.data["experts"][0]["name"] == HOSTILE
         assert f"An expert counts where {HOSTILE}" in whole.text
 
     def test_of_labels_that_plotly_reads_as_html(self, whole):
-        labels = json.dumps(figure_with(whole, "perplexity")["data"])
+        labels = json.dumps(whole.figure_with("perplexity")["data"])
         assert "&lt;/script&gt;" in labels and "<img" not in labels
 
     def test_half_of_a_surrogate_pair(self, tmp_path):
@@ -363,50 +410,33 @@ class TestHostileText:
         assert page.data["experts"][0]["name"] == "?"
 
 
-def test_the_page_asks_nothing_of_the_network(whole):
-    for tag, attrs in whole.tags:
-        assert not attrs.get("src") and tag not in ("iframe", "object", "embed")
-        href = attrs.get("href") or "#"
-        assert href == "data:," if tag == "link" else href.startswith("#")
-    policy = next(attrs for tag, attrs in whole.tags if "http-equiv" in attrs)
-    assert policy["content"].startswith("default-src 'none'")
+def test_the_page_asks_nothing_of_the_network(whole, compared):
+    for page in (whole, compared({})):
+        for tag, attrs in page.tags:
+            assert not attrs.get("src") and tag not in ("iframe", "object", "embed")
+            href = attrs.get("href") or "#"
+            assert href == "data:," if tag == "link" else href.startswith("#")
+        policy = next(attrs for tag, attrs in page.tags if "http-equiv" in attrs)
+        assert policy["content"].startswith("default-src 'none'")
 
 
-def test_size(tmp_path):
-    """A tenth of 7,000 experts with 16 contexts each over 1,600 texts of 127 tokens."""
+def test_the_page_is_smaller_than_the_file_it_shows(tmp_path):
+    """Texts are there once, and contexts without the names of their fields."""
     rng = random.Random(0)
-    words = [f" {''.join(rng.choices('abcdefgh', k=rng.randint(1, 8)))}" for _ in range(1000)]
-
-    def contexts():
-        return [
-            {
-                "text": rng.randrange(160),
-                "position": rng.randrange(127),
-                "value": rng.random(),
-                "quantile": rng.choice([1.0, 0.75, 0.5, 0.25]),
-            }
-            for _ in range(16)
-        ]
-
-    def drawn(n):
-        return [[rng.choice(words), rng.gauss(0, 1)] for _ in range(n)]
-
+    contexts = [
+        [context(rng.randrange(160), rng.randrange(127), rng.random()) for _ in range(16)]
+        for _ in range(700)
+    ]
     experts = EXPERTS | {
-        "texts": [rng.choices(words, k=127) for _ in range(160)],
-        "experts": [
-            expert(i, contexts=contexts(), promoted=drawn(10), suppressed=drawn(10))
-            for i in range(700)
-        ],
+        "texts": [[f" {rng.random():.4f}" for _ in range(127)] for _ in range(160)],
+        "experts": [expert(i, contexts=of) for i, of in enumerate(contexts)],
     }
-    page = write_report(write_run(tmp_path / "run", experts=experts))
-    assert page.stat().st_size - len(get_plotlyjs()) < 2.4e6
+    run = write_run(tmp_path / "run", experts=experts)
+    page = write_report(run)
+    assert page.stat().st_size - len(get_plotlyjs()) < (run / "experts.json").stat().st_size
 
 
 class TestErrors:
-    def test_no_run(self, tmp_path):
-        with pytest.raises(ValueError, match=f"{tmp_path} holds no finished run"):
-            write_report(tmp_path)
-
     def test_a_run_that_has_not_been_measured(self, tmp_path):
         run = write_run(tmp_path / "run")
         (run / "results.json").unlink()
@@ -414,9 +444,12 @@ class TestErrors:
         with pytest.raises(ValueError, match="has not been measured: run `mxd-lens evaluate"):
             write_report(run)
 
-    def test_a_comparison(self, tmp_path):
+    def test_no_run_or_a_comparison(self, tmp_path):
+        said = f"{tmp_path} holds no finished run: .* or a run's folder within a comparison"
+        with pytest.raises(ValueError, match=said):
+            write_report(tmp_path)
         write_comparison(tmp_path)
-        with pytest.raises(ValueError, match="or a run's folder within a comparison"):
+        with pytest.raises(ValueError, match=said):
             write_report(tmp_path)
 
     def test_a_file_that_is_cut_off(self, tmp_path):

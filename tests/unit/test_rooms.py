@@ -5,6 +5,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
 import mxd_lens
 
@@ -18,10 +19,14 @@ ROOMS = [
 
 
 def name(path: Path) -> str:
-    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
 
 
-MODULES = {name(path): path for path in sorted(PACKAGE.rglob("*.py")) if path.stem != "__init__"}
+MODULES = {name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+del MODULES["mxd_lens"]
+ARCHITECTURES = {cls.__module__ for cls, _ in SAE_TRAINING_CLASS_REGISTRY.values()} & {*MODULES}
+ARCHITECTURES -= {"mxd_lens.layers.mxd"}  # whose from_mlp reads any MLP
 
 
 def imported(module: str) -> set[str]:
@@ -46,6 +51,12 @@ def test_every_module_has_a_room():
 def test_no_import_points_upwards(module):
     above = ROOMS[ROOMS.index(room(module)) + 1 :]
     assert not [other for other in imported(module) if room(other) in above]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_architectures_are_asked_by_name(module):
+    assert len(ARCHITECTURES) > 2
+    assert room(module) == "layers" or not imported(module) & ARCHITECTURES
 
 
 def test_imports_have_no_circle():

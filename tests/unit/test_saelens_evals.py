@@ -2,48 +2,33 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 import torch
-from datasets import Dataset
 from sae_lens import evals
 from sae_lens.evals import EvalConfig, get_eval_everything_config
-from sae_lens.saes.sae import SAE, SAEMetadata
-from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
-from sae_lens.saes.transcoder import (
-    SkipTranscoder,
-    SkipTranscoderConfig,
-    Transcoder,
-    TranscoderConfig,
-)
+from sae_lens.saes.sae import SAE
 from sae_lens.training.activation_scaler import ActivationScaler
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from mxd_lens.analysis.saelens_evals import at_output, run_evals
 from mxd_lens.data.activations import activations_store
-from mxd_lens.layers.mxd import MxD, MxDConfig
-from mxd_lens.layers.transcoder import (
-    TopKSkipTranscoder,
-    TopKSkipTranscoderConfig,
-    TopKTranscoder,
-    TopKTranscoderConfig,
-)
-from mxd_lens.models.site import special_tokens
-from tests.conftest import SENTENCES, randomise
+from mxd_lens.layers.mxd import MxD
+from mxd_lens.models.site import Site
+
+from ..helpers import HOOK_IN, random_layer, reading_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 N_BATCHES, BATCH, CONTEXT = 3, 4, 8
-HOOK_OUT = {"tiny_hooked": "blocks.1.hook_mlp_out", "tiny_bridge": "blocks.1.mlp.hook_out"}
-LAYERS = {
-    "mxd": (MxD, MxDConfig, {"d_hidden": 32, "k": 4}),
-    "topk_transcoder": (TopKTranscoder, TopKTranscoderConfig, {"k": 4}),
-    "topk_skip_transcoder": (TopKSkipTranscoder, TopKSkipTranscoderConfig, {"k": 4}),
-    "transcoder": (Transcoder, TranscoderConfig, {}),
-    "skip_transcoder": (SkipTranscoder, SkipTranscoderConfig, {}),
-}
+LAYERS = [
+    "mxd",
+    "jumprelu_mxd",
+    "dense",
+    "topk_transcoder",
+    "topk_skip_transcoder",
+    "transcoder",
+    "skip_transcoder",
+]
 RECONSTRUCTION = EvalConfig(
     n_eval_reconstruction_batches=N_BATCHES, compute_kl=True, compute_ce_loss=True
 )
@@ -56,76 +41,35 @@ THE_LAYER_ALONE = EvalConfig(
 )
 
 
-@pytest.fixture(params=HOOK_OUT)
-def model(request) -> str:
-    return request.param
+@pytest.fixture(params=["tiny_hooked", "tiny_bridge"])
+def lm(request):
+    return reading_model(request, request.param)
 
 
 @pytest.fixture
-def lm(request, model, llama_folder):
-    lm = request.getfixturevalue(model)
-    if model == "tiny_hooked":
-        lm.set_tokenizer(AutoTokenizer.from_pretrained(llama_folder))
-    return lm
-
-
-@pytest.fixture
-def metadata(model) -> SAEMetadata:
-    return SAEMetadata(hook_name="blocks.1.mlp.hook_in", hook_name_out=HOOK_OUT[model])
-
-
-@pytest.fixture
-def store(lm, metadata):
+def store(lm, documents):
     """``store()``: the same text from its start."""
-    rng = random.Random(0)
-    words = " ".join(SENTENCES).split()
-    dataset = Dataset.from_dict(
-        {"text": [" ".join(rng.choices(words, k=rng.randint(3, 20))) for _ in range(60)]}
-    )
-
-    def store():
-        return activations_store(
-            lm,
-            dataset,
-            (metadata.hook_name, metadata.hook_name_out),
-            context_size=CONTEXT,
-            batch_size=BATCH * CONTEXT,
-            lm_batch_size=BATCH,
-            device="cpu",
-            autocast_lm=False,
-        )
-
-    return store
-
-
-def make(architecture: str, metadata: SAEMetadata) -> SAE:
-    cls, cfg, fields = LAYERS[architecture]
-    cfg = cfg(d_in=16, d_out=16, d_sae=40, apply_b_dec_to_input=False, metadata=metadata, **fields)
-    layer = cls(cfg)
-    randomise(layer)
-    return layer
-
-
-@pytest.fixture(params=LAYERS)
-def layer(request, metadata) -> SAE:
-    return make(request.param, metadata)
+    options = {"context_size": CONTEXT, "batch_size": BATCH * CONTEXT, "lm_batch_size": BATCH}
+    options |= {"device": "cpu", "autocast_lm": False}
+    return lambda: activations_store(Site.at(lm, 1), documents, **options)
 
 
 @pytest.fixture
-def mxd(metadata) -> SAE:
-    return make("mxd", metadata)
+def mxd(lm) -> SAE:
+    return random_layer("mxd", lm)
 
 
 @torch.no_grad()
-def plainly(lm, layer: SAE, store, hook_out: str) -> dict[str, float]:
-    """What run_evals says, from logits and activations at ordinary tokens."""
+def plainly(lm, layer: SAE, store) -> dict[str, float]:
+    """What run_evals says, from logits and activations at non-special tokens."""
+    hook_out = layer.cfg.metadata.hook_name_out
     log_probs: dict[str, list[Tensor]] = {"without": [], "with": [], "ablation": []}
     targets, predicting, ordinary, xs, ys = [], [], [], [], []
     for _ in range(N_BATCHES):
         tokens = store.get_batch_tokens()
-        keep = ~torch.isin(tokens, special_tokens(lm))
+        keep = tokens > 2
         _, cache = lm.run_with_cache(tokens)
-        x, y = cache["blocks.1.mlp.hook_in"], cache[hook_out]
+        x, y = cache[HOOK_IN], cache[hook_out]
         for name, replacement in {
             "without": y,
             "with": torch.where(keep[..., None], layer(x), y),
@@ -166,9 +110,9 @@ def plainly(lm, layer: SAE, store, hook_out: str) -> dict[str, float]:
         "cossim": torch.cosine_similarity(y, y_hat).mean().item(),
         "l2_norm_in": y.norm(dim=-1).mean().item(),
         "l2_norm_out": y_hat.norm(dim=-1).mean().item(),
-        "l0": (acts > 0).double().sum(-1).mean().item(),
-        "l1": acts.double().sum(-1).mean().item(),
-        "feature_density": (acts > 0).double().mean(0).tolist(),
+        "l0": (acts != 0).double().sum(-1).mean().item(),
+        "l1": acts.double().abs().sum(-1).mean().item(),
+        "feature_density": (acts != 0).double().mean(0).tolist(),
     }
 
 
@@ -181,18 +125,19 @@ def measured(lm, layer: SAE, store, run=run_evals) -> dict[str, float]:
     return found
 
 
-def test_equals_the_plain_computation(lm, layer, store, metadata):
-    expected = plainly(lm, layer, store(), metadata.hook_name_out)
-    found = measured(lm, layer, store)
+@pytest.mark.parametrize("name", LAYERS)
+def test_equals_the_plain_computation(lm, store, name):
+    layer = random_layer(name, lm, 0.3)
+    expected, found = plainly(lm, layer, store()), measured(lm, layer, store)
     assert abs(expected["ce_loss_with_sae"] - expected["ce_loss_without_sae"]) > 0.01
     for name, value in expected.items():
         assert found[name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
 
 
-def test_the_mlps_own_mxd_is_perfect(lm, store, metadata):
-    mxd = MxD.from_mlp(lm.blocks[1].mlp, d_sae=8, k=3)
-    mxd.cfg.metadata = metadata
-    found = measured(lm, mxd, store)
+def test_the_mlps_own_mxd_is_perfect(lm, store, mxd):
+    exact = MxD.from_mlp(lm.blocks[1].mlp, d_sae=8, k=3)
+    exact.cfg.metadata = mxd.cfg.metadata
+    found = measured(lm, exact, store)
     assert abs(found["ce_loss_with_ablation"] - found["ce_loss_without_sae"]) > 0.01
     for name in ("ce_loss_score", "kl_div_score", "explained_variance", "cossim", "l2_ratio"):
         assert found[name] == pytest.approx(1, abs=1e-3), name
@@ -208,21 +153,21 @@ def test_everything_saelens_can_measure(lm, mxd, store):
     assert features["encoder_bias"] == mxd.b_enc.tolist()
 
 
-def test_all_tokens(lm, mxd, store, metadata):
+def test_all_tokens(lm, mxd, store):
     metrics, _ = run_evals(
         mxd, store(), lm, ActivationScaler(), THE_LAYER_ALONE, exclude_special_tokens=False
     )
     batches = store()
     tokens = torch.cat([batches.get_batch_tokens() for _ in range(N_BATCHES)])
     _, cache = lm.run_with_cache(tokens)
-    y, y_hat = cache[metadata.hook_name_out], mxd(cache[metadata.hook_name])
+    y, y_hat = cache[mxd.cfg.metadata.hook_name_out], mxd(cache[HOOK_IN])
     expected = (y - y_hat).square().sum(-1).mean().item()
     assert metrics["reconstruction_quality"]["mse"] == pytest.approx(expected, rel=1e-4)
 
 
-def test_an_sae_passes_through(lm, store, metadata):
-    hook = metadata.hook_name_out
-    sae = TopKSAE(TopKSAEConfig(d_in=16, d_sae=40, k=4, metadata=SAEMetadata(hook_name=hook)))
+def test_an_sae_passes_through(lm, store):
+    sae = random_layer("topk", lm)
+    sae.cfg.metadata.hook_name_out = None
     with at_output(lm, sae) as same:
         assert same is sae
     found, expected = measured(lm, sae, store), measured(lm, sae, store, evals.run_evals)
@@ -231,11 +176,11 @@ def test_an_sae_passes_through(lm, store, metadata):
 
 
 def test_a_bridges_other_names_of_a_hook(tiny_bridge):
-    metadata = SAEMetadata(hook_name="blocks.1.mlp.hook_in", hook_name_out="blocks.1.hook_mlp_out")
-    mxd = make("mxd", metadata)
+    mxd = random_layer("mxd")
+    mxd.cfg.metadata.hook_name_out = "blocks.1.hook_mlp_out"
     with at_output(tiny_bridge, mxd) as layer:
         assert layer.cfg.metadata.hook_name == "blocks.1.mlp.hook_out"
-    assert mxd.cfg.metadata.hook_name == "blocks.1.mlp.hook_in"
+    assert mxd.cfg.metadata.hook_name == HOOK_IN
 
 
 def test_leaves_no_hook_behind(lm, mxd, tokens):
@@ -254,14 +199,14 @@ def test_leaves_no_hook_behind(lm, mxd, tokens):
     assert len(seen) == 1
 
 
-def test_reads_the_input_of_the_same_forward_pass_only(lm, mxd, tokens, metadata):
+def test_reads_the_input_of_the_same_forward_pass_only(lm, mxd, tokens):
     with at_output(lm, mxd) as layer:
         with pytest.raises(RuntimeError, match="after no input"):
             layer.encode(torch.zeros(2, 7, 16))
         _, cache = lm.run_with_cache(tokens)
-        y = cache[metadata.hook_name_out]
+        y = cache[mxd.cfg.metadata.hook_name_out]
         acts = layer.encode(y)
-        torch.testing.assert_close(layer.decode(acts), mxd(cache[metadata.hook_name]))
+        torch.testing.assert_close(layer.decode(acts), mxd(cache[HOOK_IN]))
         with pytest.raises(RuntimeError, match="after no input"):
             layer.encode(y)
         with pytest.raises(RuntimeError, match="what the last encode gave"):
@@ -271,12 +216,9 @@ def test_reads_the_input_of_the_same_forward_pass_only(lm, mxd, tokens, metadata
             layer.encode(y[:, :3])
 
 
-def test_a_model_without_the_hooks(lm, mxd, store):
+def test_what_cannot_be_evaluated(lm, mxd, store):
+    with pytest.raises(ValueError, match="cannot rescale"):
+        run_evals(mxd, store(), lm, ActivationScaler(scaling_factor=2.0), RECONSTRUCTION)
     mxd.cfg.metadata.hook_name_out = "blocks.9.hook_mlp_out"
     with pytest.raises(ValueError, match=r"no hook blocks\.9\.hook_mlp_out"):
         run_evals(mxd, store(), lm, ActivationScaler(), RECONSTRUCTION)
-
-
-def test_rescaled_activations(lm, mxd, store):
-    with pytest.raises(ValueError, match="cannot rescale"):
-        run_evals(mxd, store(), lm, ActivationScaler(scaling_factor=2.0), RECONSTRUCTION)

@@ -5,154 +5,121 @@ from __future__ import annotations
 import copy
 import warnings
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from sae_lens.saes.sae import SAEMetadata
 from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
-from torch import nn
+from torch import Tensor, nn
 from transformer_lens import HookedTransformer
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoTokenizer
 
 from mxd_lens import train
 from mxd_lens.layers.mxd import MxD
+from mxd_lens.models.site import Site
 from mxd_lens.models.splice import get_mlp, splice
+from tests.helpers import MODEL_SHAPE, close32, make_layer, substituted
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
-
-HOOK_OUT = {
-    "tiny_hooked": "blocks.{}.hook_mlp_out",
-    "tiny_hooked_mlp": "blocks.{}.hook_mlp_out",
-    "tiny_bridge": "blocks.{}.mlp.hook_out",
-    "tiny_bridge_gpt2": "blocks.{}.mlp.hook_out",
-}
 HOOKED = ["tiny_hooked", "tiny_hooked_mlp"]
+BRIDGES = ["tiny_bridge", "tiny_bridge_gpt2"]
 PLAIN_BRIDGES = ["plain_bridge", "plain_bridge_gpt2"]  # SAELens' bridges hide aliases
 
-
-@pytest.fixture(params=HOOK_OUT)
-def name(request) -> str:
-    return request.param
+new_mxd = partial(make_layer, "mxd", 0.2, **MODEL_SHAPE)
 
 
-@pytest.fixture
-def lm(request, name):
-    return request.getfixturevalue(name)
+@pytest.fixture(params=HOOKED + BRIDGES)
+def lm(request) -> Any:
+    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture
-def make_mxd(random_mxd):
-    """A random MxD that fits the models, gated or not as the caller likes."""
-    shape = {"d_in": 16, "d_out": 16, "d_hidden": 32, "d_sae": 40, "k": 4, "dtype": "float32"}
-    return partial(random_mxd, **({"size": 0.2} | shape))
+def mxd() -> MxD:
+    return new_mxd()
 
 
-@pytest.fixture
-def mxd(make_mxd) -> MxD:
-    return make_mxd()
-
-
-def substituted(lm, name: str, tokens, layers: dict[int, MxD]) -> torch.Tensor:
+def in_place(lm: Any, tokens: Tensor, layers: dict[int, nn.Module]) -> Tensor:
     """Logits of the untouched model with hooks that read MLP inputs and replace MLP outputs."""
-    seen = {}
-    hooks = []
-    for layer, mxd in layers.items():
-
-        def read(tensor, hook, layer=layer):
-            seen[layer] = tensor
-
-        def write(tensor, hook, layer=layer, mxd=mxd):
-            return mxd(seen[layer])
-
-        hooks.append((f"blocks.{layer}.mlp.hook_in", read))
-        hooks.append((HOOK_OUT[name].format(layer), write))
-    return lm.run_with_hooks(tokens, fwd_hooks=hooks)
+    return substituted(lm, tokens, {Site.at(lm, at).hooks: mxd for at, mxd in layers.items()})
 
 
-def assert_untouched(lm, before: dict, logits: torch.Tensor, tokens) -> None:
-    assert lm.hook_dict.keys() == before.keys()
-    assert [key for key, hook in lm.hook_dict.items() if hook is not before[key]] == []
-    assert torch.equal(lm(tokens), logits)
+@pytest.fixture
+def untouched(lm, tokens) -> Any:
+    """``untouched()`` asserts that the model is what it has been."""
+    hooks, logits = dict(lm.hook_dict), lm(tokens)
+
+    def check() -> None:
+        assert lm.hook_dict.keys() == hooks.keys()
+        assert [key for key, hook in lm.hook_dict.items() if hook is not hooks[key]] == []
+        assert torch.equal(lm(tokens), logits)
+
+    return check
 
 
-@pytest.mark.parametrize("gated", [True, False], ids=["glu", "mlp"])
-def test_logits_are_those_with_the_mlps_output_substituted(lm, name, make_mxd, gated, tokens):
-    mxd = make_mxd(gated=gated)
-    original, expected = lm(tokens), substituted(lm, name, tokens, {1: mxd})
-    assert (expected - original).abs().max() > 0.1
-    with splice(lm, {1: mxd}):
-        close(lm(tokens), expected)
-
-
-def test_several_layers_at_once(lm, name, make_mxd, tokens):
-    layers = {2: make_mxd(), 0: make_mxd(gated=False)}
-    expected = substituted(lm, name, tokens, layers)
-    assert (expected - substituted(lm, name, tokens, {0: layers[0]})).abs().max() > 0.1
-    with splice(lm, layers):
-        close(lm(tokens), expected)
+@pytest.mark.parametrize("kind", ["mxd", "mxd_mlp", "topk_skip_transcoder", "dense"])
+def test_logits_are_those_with_the_mlps_output_substituted(lm, kind, tokens):
+    layer, other = (make_layer(kind, 0.2, **MODEL_SHAPE) for _ in range(2))
+    expected = in_place(lm, tokens, {1: layer})
+    assert (expected - lm(tokens)).abs().max() > 0.1
+    both = in_place(lm, tokens, {2: other, 1: layer})
+    assert (both - expected).abs().max() > 0.1
+    with splice(lm, {1: layer}):
+        close32(lm(tokens), expected)
+    with splice(lm, {2: other, 1: layer}):
+        close32(lm(tokens), both)
 
 
 def test_the_mlps_own_mxd_changes_nothing(lm, tokens):
     expected = lm(tokens)
     with splice(lm, {layer: MxD.from_mlp(get_mlp(lm, layer)) for layer in range(3)}):
-        close(lm(tokens), expected)
+        close32(lm(tokens), expected)
 
 
 class TestHooks:
-    def test_every_hook_point_of_the_layer_is_cached(self, lm, mxd, tokens):
-        mlp_in = lm.run_with_cache(tokens)[1]["blocks.1.mlp.hook_in"]
-        _, expected = mxd.run_with_cache(mlp_in)
-        assert "hook_experts" in expected and len(expected) == 12
-        with splice(lm, {1: mxd}):
+    @pytest.mark.parametrize("kind", ["mxd", "topk_transcoder"])
+    def test_the_cache_has_the_layers_hook_points_for_the_mlps(self, lm, kind, tokens):
+        layer, key = make_layer(kind, 0.2, **MODEL_SHAPE), "blocks.1.mlp.hook_sae_recons"
+        _, before = lm.run_with_cache(tokens)
+        others = [name for name in before if ".1.mlp." not in name]
+        assert len(others) > 20
+        _, expected = layer.run_with_cache(before["blocks.1.mlp.hook_in"])
+        with splice(lm, {1: layer}):
             _, cache = lm.run_with_cache(tokens)
-        assert [key for key in cache if ".1.mlp." in key] == [
-            f"blocks.1.mlp.{key}" for key in expected
+            _, alone = lm.run_with_cache(tokens, names_filter=key)
+            hooks = {name for name in lm.hook_dict if name.startswith("blocks.1.mlp.")}
+        assert [name for name in cache if ".1.mlp." not in name] == others
+        assert [name for name in cache if ".1.mlp." in name] == [
+            f"blocks.1.mlp.{name}" for name in expected
         ]
-        for key in expected:
-            close(cache[f"blocks.1.mlp.{key}"], expected[key])
-
-    def test_names_filter_finds_them(self, lm, mxd, tokens):
-        with splice(lm, {1: mxd}):
-            key = "blocks.1.mlp.hook_experts"
-            _, cache = lm.run_with_cache(tokens, names_filter=key)
-        assert list(cache) == [key]
-        assert cache[key].shape == (2, 7, 16)
-
-    def test_the_rest_of_the_cache_keeps_its_names(self, lm, mxd, tokens):
-        def others() -> list[str]:
-            return [key for key in lm.run_with_cache(tokens)[1] if ".1.mlp." not in key]
-
-        before = others()
-        assert len(before) > 20
-        with splice(lm, {1: mxd}):
-            assert others() == before
+        for name in {*expected} - {"hook_codes"}:
+            close32(cache[f"blocks.1.mlp.{name}"], expected[name])
+        assert list(alone) == [key] and alone[key].shape == (2, 7, 16)
+        assert hooks == {f"blocks.1.mlp.{name}" for name in layer.hook_dict}
 
     @pytest.mark.parametrize("hook", ["hook_in", "hook_experts", "hook_sae_acts_post", "hook_out"])
-    def test_editing_one_has_its_effect_downstream(self, lm, name, mxd, tokens, hook):
+    def test_editing_one_has_its_effect_downstream(self, lm, mxd, tokens, hook):
+        def double(t: Tensor, hook: Any) -> Tensor:
+            return 2 * t + 1
+
         class Edited(nn.Module):
             def forward(self, x):
-                return mxd.run_with_hooks(x, fwd_hooks=[(hook, lambda t, hook: 2 * t + 1)])
+                return mxd.run_with_hooks(x, fwd_hooks=[(hook, double)])
 
-        expected = substituted(lm, name, tokens, {1: Edited()})
+        expected = in_place(lm, tokens, {1: Edited()})
         with splice(lm, {1: mxd}):
-            edit = (f"blocks.1.mlp.{hook}", lambda t, hook: 2 * t + 1)
-            found = lm.run_with_hooks(tokens, fwd_hooks=[edit])
-            close(found, expected)
+            found = lm.run_with_hooks(tokens, fwd_hooks=[(f"blocks.1.mlp.{hook}", double)])
+            close32(found, expected)
             assert (found - lm(tokens)).abs().max() > 0.05
 
-    def test_old_hook_points_are_gone_while_spliced(self, lm, mxd):
-        with splice(lm, {1: mxd}):
-            now = {key for key in lm.hook_dict if key.startswith("blocks.1.mlp.")}
-        assert now == {f"blocks.1.mlp.{key}" for key in mxd.hook_dict}
-
-    @pytest.mark.parametrize("name", HOOKED + PLAIN_BRIDGES)
-    def test_hook_mlp_out_is_whichever_output_there_is(self, lm, mxd, tokens):
+    @pytest.mark.parametrize("lm", HOOKED + PLAIN_BRIDGES, indirect=True)
+    def test_hook_mlp_out_is_whichever_output_there_is(self, lm, mxd, tokens, untouched):
         alias = "blocks.1.hook_mlp_out"
+        assert alias in lm.hook_dict
 
-        def seen_and_zeroed():
+        def seen_and_zeroed() -> tuple[Tensor, Tensor]:
             seen = []
 
             def zero(tensor, hook):
@@ -167,18 +134,19 @@ class TestHooks:
         with splice(lm, {1: mxd}):
             _, cache = lm.run_with_cache(tokens)
             new_output, zeroed_now = seen_and_zeroed()
-            close(new_output, cache["blocks.1.mlp.hook_out"])
+            close32(new_output, cache["blocks.1.mlp.hook_out"])
             assert (new_output - old_output).abs().max() > 0.1
-            close(zeroed_now, zeroed)
+            close32(zeroed_now, zeroed)
         restored, zeroed_again = seen_and_zeroed()
         assert torch.equal(restored, old_output) and torch.equal(zeroed_again, zeroed)
+        untouched()
 
     def test_gradients_reach_the_layer_and_the_model(self, lm, mxd, tokens):
         with splice(lm, {1: mxd}):
             lm(tokens).square().mean().backward()
         assert mxd.W_shared.grad.abs().max() > 0 and mxd.W_enc.grad.abs().max() > 0
 
-    @pytest.mark.parametrize("name", PLAIN_BRIDGES)
+    @pytest.mark.parametrize("lm", PLAIN_BRIDGES, indirect=True)
     def test_looking_at_the_hooks_warns_of_nothing(self, lm, mxd, tokens):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -188,78 +156,57 @@ class TestHooks:
 
 
 class TestRestoring:
-    @pytest.fixture
-    def before(self, lm, tokens) -> tuple[dict, torch.Tensor]:
-        return dict(lm.hook_dict), lm(tokens)
-
-    def test_on_exit(self, lm, mxd, make_mxd, tokens, before):
+    def test_on_exit_and_after_an_exception(self, lm, mxd, tokens, untouched):
         mlp = lm.blocks[1].mlp
-        with splice(lm, {1: mxd, 2: make_mxd()}):
+        with splice(lm, {1: mxd, 2: new_mxd()}):
             lm.run_with_cache(tokens)
             assert get_mlp(lm, 1) is mxd
         assert lm.blocks[1].mlp is mlp
-        assert_untouched(lm, *before, tokens)
-
-    def test_after_an_exception(self, lm, mxd, tokens, before):
+        untouched()
         with pytest.raises(KeyError, match="inside"), splice(lm, {1: mxd}):
             lm(tokens)
             raise KeyError("inside")
-        assert_untouched(lm, *before, tokens)
+        untouched()
 
-    def test_nested(self, lm, name, make_mxd, tokens, before):
-        first, second, other = make_mxd(), make_mxd(), make_mxd()
-        expected = [
-            substituted(lm, name, tokens, layers) for layers in ({1: first}, {1: second, 0: other})
-        ]
-        with splice(lm, {1: first}):
-            close(lm(tokens), expected[0])
-            with splice(lm, {1: second, 0: other}):
-                close(lm(tokens), expected[1])
-            close(lm(tokens), expected[0])
-        assert_untouched(lm, *before, tokens)
+    def test_nested(self, lm, tokens, untouched):
+        first, second, other = new_mxd(), new_mxd(), new_mxd()
+        outer, inner = {1: first}, {1: second, 0: other}
+        expected = in_place(lm, tokens, outer), in_place(lm, tokens, inner)
+        with splice(lm, outer):
+            close32(lm(tokens), expected[0])
+            with splice(lm, inner):
+                close32(lm(tokens), expected[1])
+            close32(lm(tokens), expected[0])
+        untouched()
 
-    def test_for_good_and_by_hand(self, lm, name, mxd, tokens, before):
-        expected = substituted(lm, name, tokens, {1: mxd})
-        spliced = splice(lm, {1: mxd})
-        close(lm(tokens), expected)
-        spliced.restore()
-        assert_untouched(lm, *before, tokens)
-        spliced.restore()
-        assert_untouched(lm, *before, tokens)
-
-    def test_twice_in_a_row(self, lm, name, mxd, tokens, before):
-        expected = substituted(lm, name, tokens, {1: mxd})
+    def test_by_hand_twice_and_once_more(self, lm, mxd, tokens, untouched):
+        expected = in_place(lm, tokens, {1: mxd})
         for _ in range(2):
-            with splice(lm, {1: mxd}):
-                close(lm(tokens), expected)
-            assert_untouched(lm, *before, tokens)
+            spliced = splice(lm, {1: mxd})
+            close32(lm(tokens), expected)
+            for _ in range(2):
+                spliced.restore()
+                untouched()
 
     def test_the_layers_hook_points_get_their_own_names_back(self, lm, mxd, tokens):
         x = torch.randn(3, 16)
         _, before = mxd.run_with_cache(x)
         with splice(lm, {1: mxd}):
             lm(tokens)
-        _, after = mxd.run_with_cache(x)
-        assert list(after) == list(before)
+        assert list(mxd.run_with_cache(x)[1]) == list(before)
 
-    @pytest.mark.parametrize("name", PLAIN_BRIDGES)
-    def test_every_other_name_of_a_hook_point(self, lm, mxd, tokens, before):
-        assert "blocks.1.hook_mlp_out" in before[0]
-        with splice(lm, {1: mxd}):
-            lm.run_with_cache(tokens)
-        assert_untouched(lm, *before, tokens)
-
-    def test_a_users_hook_on_the_old_mlp_outlives_it(self, lm, name, mxd, tokens):
+    def test_a_users_hook_on_the_old_mlp_outlives_it(self, lm, mxd, tokens):
         seen = []
-        lm.add_hook("blocks.1.mlp.hook_in", lambda t, hook: seen.append(hook.name))
-        lm.add_hook(HOOK_OUT[name].format(1), lambda t, hook: 0 * t)
+        hook_in, hook_out = Site.at(lm, 1).hooks
+        lm.add_hook(hook_in, lambda t, hook: seen.append(hook.name))
+        lm.add_hook(hook_out, lambda t, hook: 0 * t)
         expected = lm(tokens)
-        assert seen == ["blocks.1.mlp.hook_in"]
+        assert seen == [hook_in]
         with splice(lm, {1: mxd}):
             lm(tokens)
         seen.clear()
         assert torch.equal(lm(tokens), expected)
-        assert seen == ["blocks.1.mlp.hook_in"]
+        assert seen == [hook_in]
         lm.reset_hooks()
         assert (lm(tokens) - expected).abs().max() > 0.1
 
@@ -284,17 +231,17 @@ def test_generate(lm, mxd, tokens, use_past):
     assert generated.tolist() == expected.tolist()
 
 
-@pytest.mark.parametrize("name", ["tiny_hooked", "tiny_bridge"])
-def test_plain_assignment_computes_the_same(lm, name, mxd, tokens):
-    expected, original = substituted(lm, name, tokens, {1: mxd}), lm(tokens)
+@pytest.mark.parametrize("lm", ["tiny_hooked", "tiny_bridge"], indirect=True)
+def test_plain_assignment_computes_the_same(lm, mxd, tokens):
+    expected, original = in_place(lm, tokens, {1: mxd}), lm(tokens)
     mlp = lm.blocks[1].mlp
     lm.blocks[1].mlp = mxd
-    close(lm(tokens), expected)
+    close32(lm(tokens), expected)
     lm.blocks[1].mlp = mlp
     assert torch.equal(lm(tokens), original)
 
 
-def process(lm) -> None:
+def process(lm: Any) -> None:
     """Fold the norms into the weights: the MLPs of such a model read other inputs."""
     if isinstance(lm, TransformerBridge):
         lm.enable_compatibility_mode()
@@ -303,18 +250,16 @@ def process(lm) -> None:
 
 
 class TestProcessedWeights:
-    @pytest.mark.parametrize("name", ["tiny_hooked", "tiny_bridge"])
+    @pytest.mark.parametrize("lm", ["tiny_hooked", "tiny_bridge"], indirect=True)
     @pytest.mark.parametrize("architecture", ["mxd", "topk_skip_transcoder"])
     def test_a_layer_trained_on_others_is_refused(
         self, lm, make_config, documents, llama_folder, architecture
     ):
         if isinstance(lm, HookedTransformer):
             lm.set_tokenizer(AutoTokenizer.from_pretrained(llama_folder))
-        cfg = make_config(architecture=architecture, training_tokens=64)
-        layer = train(cfg, lm, documents)
+        layer = train(make_config(architecture=architecture, training_tokens=64), lm, documents)
         assert layer.cfg.metadata.norms_folded is False
-        with splice(lm, {1: layer}):
-            pass
+        splice(lm, {1: layer}).restore()
         process(lm)
         with pytest.raises(
             ValueError, match=r"trained on unprocessed weights of tiny, .* are processed"
@@ -336,32 +281,31 @@ class TestProcessedWeights:
         with pytest.raises(ValueError, match=r"trained on unprocessed weights"):
             splice(lm, {1: mxd})
 
-    @pytest.mark.parametrize("name", ["tiny_bridge", "tiny_bridge_gpt2"])
+    @pytest.mark.parametrize("lm", BRIDGES, indirect=True)
     def test_a_bridges_older_names_alone_are_no_processing(self, lm, mxd, tokens):
         mxd.cfg.metadata = SAEMetadata(model_name="tiny")
         with splice(lm, {1: mxd}):
             expected = lm(tokens)
         lm.enable_compatibility_mode(no_processing=True)
         with splice(lm, {1: mxd}):
-            close(lm(tokens), expected)
+            close32(lm(tokens), expected)
 
     def test_the_mlps_own_mxd_changes_nothing(self, lm, tokens):
         process(lm)
-        expected = lm(tokens)
-        with splice(lm, {1: MxD.from_mlp(get_mlp(lm, 1))}):
-            close(lm(tokens), expected)
+        test_the_mlps_own_mxd_changes_nothing(lm, tokens)
 
-    def test_is_not_done_while_layers_are_spliced_in(self, lm, mxd, make_mxd, tokens):
+    def test_is_not_done_while_layers_are_spliced_in(self, lm, mxd, tokens):
+        refused = partial(pytest.raises, RuntimeError, match=r"would process.* restore\(\) its MLP")
         with splice(lm, {1: mxd}):
-            with splice(lm, {2: make_mxd()}), pytest.raises(RuntimeError, match="would process"):
+            with splice(lm, {2: new_mxd()}), refused():
                 process(lm)
             expected = lm(tokens)
-            with pytest.raises(RuntimeError, match=r"restore\(\) its MLPs first"):
+            with refused():
                 process(lm)
             assert torch.equal(lm(tokens), expected)
-        first, second = splice(lm, {1: mxd}), splice(lm, {2: make_mxd()})
+        first, second = splice(lm, {1: mxd}), splice(lm, {2: new_mxd()})
         first.restore()
-        with pytest.raises(RuntimeError, match="would process"):
+        with refused():
             process(lm)
         second.restore()
         expected = lm(tokens).log_softmax(-1)
@@ -370,52 +314,43 @@ class TestProcessedWeights:
 
 
 class TestErrors:
-    @pytest.mark.parametrize("layer", [3, -1])
-    def test_no_such_layer(self, lm, mxd, layer):
-        with pytest.raises(ValueError, match=f"no layer {layer}: .* layers 0 to 2"):
-            splice(lm, {layer: mxd})
+    @pytest.mark.parametrize(
+        ("layers", "message"),
+        [
+            (lambda: {3: new_mxd()}, "no layer 3: .* layers 0 to 2"),
+            (lambda: {-1: new_mxd()}, "no layer -1: .* layers 0 to 2"),
+            (lambda: {1: new_mxd(d_in=8)}, "layer 1 has d_in=8, the model has d_model=16"),
+            (lambda: {1: new_mxd(d_out=8)}, "layer 1 has d_out=8, the model has d_model=16"),
+            (
+                lambda: {1: TopKSAE(TopKSAEConfig(d_in=16, d_sae=8, k=2))},
+                r"layer 1 reads what it writes: .* add_sae",
+            ),
+            (lambda: {1: None}, r"layer 1 must be a module, got"),
+            (lambda: {1: lambda x: x}, r"layer 1 must be a module, got"),
+            (lambda: {1: MxD}, r"layer 1 must be a module, got"),
+            (lambda: {1: new_mxd(), 7: new_mxd()}, r"no layer 7"),
+            (lambda: {1: new_mxd(), 2: new_mxd(d_in=8)}, r"layer 2 has d_in=8"),
+            (lambda: dict.fromkeys([0, 2], new_mxd()), r"layer 0 is also at layer 2: .* a copy"),
+        ],
+    )
+    def test_nothing_is_replaced(self, lm, untouched, layers, message):
+        with pytest.raises(ValueError, match=message):
+            splice(lm, layers())
+        untouched()
 
     def test_no_mlp(self, tiny_hooked_attn_only, mxd):
         with pytest.raises(ValueError, match="layer 1 of this model has no MLP"):
             splice(tiny_hooked_attn_only, {1: mxd})
 
-    @pytest.mark.parametrize("width", ["d_in", "d_out"])
-    def test_width(self, lm, make_mxd, width):
-        with pytest.raises(ValueError, match=f"layer 1 has {width}=8, the model has d_model=16"):
-            splice(lm, {1: make_mxd(**{width: 8})})
-
-    def test_an_sae_of_the_output(self, lm):
-        sae = TopKSAE(TopKSAEConfig(d_in=16, d_sae=8, k=2))
-        with pytest.raises(ValueError, match=r"layer 1 reads what it writes: .* add_sae"):
-            splice(lm, {1: sae})
-
     def test_not_a_language_model(self, mxd):
         with pytest.raises(ValueError, match="cannot splice into a Linear"):
             splice(nn.Linear(2, 2), {0: mxd})
 
-    @pytest.mark.parametrize("nothing", [None, lambda x: x, MxD])
-    def test_not_a_module(self, lm, nothing, tokens):
-        before, logits = dict(lm.hook_dict), lm(tokens)
-        with pytest.raises(ValueError, match=r"layer 1 must be a module, got"):
-            splice(lm, {1: nothing})
-        assert_untouched(lm, before, logits, tokens)
-
-    def test_one_module_at_two_layers(self, lm, mxd, tokens):
-        before, logits = dict(lm.hook_dict), lm(tokens)
-        with pytest.raises(ValueError, match=r"layer 0 is also at layer 2: .* use a copy"):
-            splice(lm, {0: mxd, 2: mxd})
+    def test_one_module_at_two_layers(self, lm, mxd, untouched):
         with splice(lm, {1: mxd}), pytest.raises(ValueError, match=r"layer 2 is also at layer 1"):
             splice(lm, {2: mxd})
         with pytest.raises(ValueError, match=r"layer 2 is also at layer 0"):
             splice(lm, {2: get_mlp(lm, 0)})
-        assert_untouched(lm, before, logits, tokens)
+        untouched()
         with splice(lm, {1: mxd, 2: copy.deepcopy(mxd)}):
             assert {"blocks.1.mlp.hook_experts", "blocks.2.mlp.hook_experts"} <= set(lm.hook_dict)
-
-    @pytest.mark.parametrize("wrong", ["layer", "width"])
-    def test_an_error_in_the_second_layer_replaces_nothing(self, lm, mxd, make_mxd, tokens, wrong):
-        before, logits = dict(lm.hook_dict), lm(tokens)
-        second = {"layer": {7: mxd}, "width": {2: make_mxd(d_in=8)}}[wrong]
-        with pytest.raises(ValueError, match=r"layer [72]"):
-            splice(lm, {1: mxd} | second)
-        assert_untouched(lm, before, logits, tokens)
