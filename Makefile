@@ -7,13 +7,13 @@ BIN := .venv/bin
 TORCH := torch==2.13.0
 
 .PHONY: demo test unit test-lowest test-newest torture lock search search-recipe bench bench-train \
-	format check-format check-type setup clean
+	format check-format check-type docs setup clean
 
 demo: setup
 	$(BIN)/mxd-lens demo
 
 test: setup
-	$(BIN)/pytest
+	$(BIN)/pytest --cov
 
 unit: setup
 	$(BIN)/pytest tests/unit
@@ -78,6 +78,9 @@ check-format: setup
 check-type: setup
 	$(BIN)/basedpyright
 
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 setup: .venv/installed
 
 .venv/installed: pyproject.toml requirements.lock
@@ -87,4 +90,4 @@ setup: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv ends runs
+	rm -rf .venv ends runs site
