@@ -85,12 +85,12 @@ def pool_neurons(site: Site, activations: TextActivations) -> Float[np.ndarray, 
 
 
 def _chunks(activations: TextActivations, hook: str) -> Iterator[tuple[Tensor, Tensor]]:
-    """Activations of 512 tokens at a time, and of which texts these are."""
+    """Activations of 4,096 tokens at a time, and of which texts these are."""
     if hook not in activations.at:
         raise ValueError(f"activations of {', '.join(activations.at)}, none of {hook}")
     x, text = activations.at[hook], activations.text
-    chunks = zip(x.split(512), text.split(512), strict=True)
-    yield from tqdm(chunks, desc="Encoding", total=-(-len(text) // 512))
+    chunks = zip(x.split(4096), text.split(4096), strict=True)
+    yield from tqdm(chunks, desc="Encoding", total=-(-len(text) // 4096))
 
 
 def split_texts(

@@ -49,8 +49,8 @@ _FORWARDS: dict[type[nn.Module], Any] = {
     kind: kind.forward for kind in (HookPoint, SparseHookPoint)
 }
 
-_CHUNK_NUMBERS = 2**24
-"""Pre-activations that exist at a time, at most: 64 MiB in float32."""
+_CHUNK_NUMBERS = 2**25
+"""Pre-activations that exist at a time, at most: 128 MiB in float32."""
 
 
 @dataclass(kw_only=True)

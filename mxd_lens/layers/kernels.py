@@ -59,10 +59,32 @@ def topk_relu(
             values = pre.new_empty(batch.numel(), k, dtype=dtype)
             indices = torch.empty_like(values, dtype=torch.long)
         part = slice(start, start := start + len(pre))
-        of_chunk, indices[part] = pre.topk(k, dim=-1, sorted=False)
+        of_chunk, indices[part] = _topk(pre, k)
         values[part] = of_chunk.relu()
     assert values is not None and indices is not None
     return values.view(*batch, k), indices.view(*batch, k)
+
+
+_GROUP = 32
+
+
+def _topk(pre: Float[Tensor, "chunk d_sae"], k: int) -> tuple[Tensor, Tensor]:
+    """``pre.topk(k, sorted=False)``; of a wide gate, in two steps.
+
+    The k largest entries are in the k groups of units with the largest maxima, so only those
+    groups are ranked: a maximum is several times as fast as a top-k.
+    """
+    n_groups, rest = divmod(pre.shape[1], _GROUP)
+    if n_groups < 8 * k:
+        return pre.topk(k, dim=-1, sorted=False)
+    grouped = pre[:, : n_groups * _GROUP].unflatten(1, (n_groups, _GROUP))
+    groups = grouped.amax(-1).topk(k, dim=-1, sorted=False).indices
+    units = torch.arange(pre.shape[1], device=pre.device)
+    of_groups = (groups[..., None] * _GROUP + units[:_GROUP]).flatten(1)
+    last = units[n_groups * _GROUP :].expand(len(pre), rest)
+    candidates = torch.cat([of_groups, last], dim=1)
+    values, at = pre.gather(1, candidates).topk(k, dim=-1, sorted=False)
+    return values, candidates.gather(1, at)
 
 
 def pre_activation_chunks(

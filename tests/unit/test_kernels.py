@@ -24,6 +24,7 @@ from tests.helpers import close
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 D_IN, D_SAE, D_OUT = 6, 13, 4
+WIDTHS = (D_SAE, 1024, 1100)  # units are ranked at once, or in groups: of all, or but the last
 
 
 def draw(*batch: int, d_in=D_IN, d_sae=D_SAE, d_out=D_OUT, columns=True, dtype=torch.float64):
@@ -143,8 +144,9 @@ def test_an_input_without_gradient_leaves_the_others_theirs(frozen, k):
         close(inputs[i].grad, expected[i])
 
 
-def test_gate_gives_the_k_largest_and_where_they_are():
-    x, W_enc, b_enc, _ = draw(9)
+@pytest.mark.parametrize("d_sae", WIDTHS)
+def test_gate_gives_the_k_largest_and_where_they_are(d_sae):
+    x, W_enc, b_enc, _ = draw(9, d_sae=d_sae)
     pre = x @ W_enc + b_enc
     values, indices = topk_gate(x, W_enc, b_enc, 4)
     close(values, pre.gather(-1, indices).clamp_min(0))
@@ -154,8 +156,9 @@ def test_gate_gives_the_k_largest_and_where_they_are():
     close(picked, (values.detach().view(3, 3, 4), indices.view(3, 3, 4)))
 
 
-def test_ties_choose_k_different_experts_and_give_only_them_gradient():
-    x, W_enc, b_enc, _ = draw(5)
+@pytest.mark.parametrize("d_sae", WIDTHS)
+def test_ties_choose_k_different_experts_and_give_only_them_gradient(d_sae):
+    x, W_enc, b_enc, _ = draw(5, d_sae=d_sae)
     with torch.no_grad():
         W_enc[:] = W_enc[:, :1]
         b_enc[:] = 50.0
@@ -163,7 +166,7 @@ def test_ties_choose_k_different_experts_and_give_only_them_gradient():
     assert all(len(set(row)) == 4 for row in indices.tolist())
     close(values, (x @ W_enc + b_enc)[:, :4])
     values.sum().backward()
-    close(b_enc.grad, indices.flatten().bincount(minlength=D_SAE).double())
+    close(b_enc.grad, indices.flatten().bincount(minlength=d_sae).double())
     close(x.grad, 4 * W_enc[:, 0].expand(5, -1))
 
 

@@ -172,7 +172,7 @@ def read_firings(
         site, corpus.tokens, (hook,), lm_batch_size=lm_batch_size, autocast=autocast
     ):
         tokens = torch.cat([torch.arange(*corpus.starts[i : i + 2]) for i in batch])
-        for x, token in zip(acts[hook].split(512), tokens.split(512), strict=True):
+        for x, token in zip(acts[hook].split(4096), tokens.split(4096), strict=True):
             where, expert, value = layer.codes(x.to(sae.device)).firings()
             found = (expert.cpu().int(), token[where.cpu()].int(), value.cpu().float())
             parts.append([part.numpy() for part in found])
