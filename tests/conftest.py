@@ -20,6 +20,7 @@ from torch import nn
 from transformer_lens import HookedTransformerConfig
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import (
+    AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -28,8 +29,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from mxd_lens.layers.mxd import MxD, MxDConfig
-from mxd_lens.runs.config import TrainConfig
+from mxd_lens import CompareConfig, TrainConfig
 
 SENTENCES = ["the cat sat on the mat", "a dog ran after the cat", "one fish saw a dog"]
 N_VOCAB, D_MODEL, D_MLP, N_LAYERS = 24, 16, 32, 3
@@ -40,33 +40,11 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Tiny tensors gain nothing from threads, and on a busy machine wait for them."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @torch.no_grad()
 def randomise(module: nn.Module, size: float = 0.3) -> None:
     """Every parameter away from its initial value, biases and norms' weights included."""
     for parameter in module.parameters():
         parameter.add_(size * torch.randn_like(parameter))
-
-
-@pytest.fixture
-def random_mxd() -> Callable[..., MxD]:
-    """``random_mxd(size, **fields)``: an MxD in float64 with no parameter at zero or one."""
-
-    def make(size: float = 0.7, **fields: Any) -> MxD:
-        shape = {"d_in": 5, "d_out": 4, "d_hidden": 7, "d_sae": 11, "k": 3, "dtype": "float64"}
-        mxd = MxD(MxDConfig(**(shape | fields)))
-        randomise(mxd, size)
-        return mxd
-
-    return make
 
 
 @pytest.fixture
@@ -183,6 +161,15 @@ def tiny_bridge_gpt2(gpt2_folder) -> SAETransformerBridge:
     return SAETransformerBridge.boot_transformers(str(gpt2_folder))
 
 
+@pytest.fixture(params=["tiny_hooked", "tiny_bridge"])
+def lm(request, llama_folder) -> Any:
+    """A tiny model, by the name of its fixture, with a tokenizer."""
+    model = request.getfixturevalue(request.param)
+    if model.tokenizer is None:
+        model.set_tokenizer(AutoTokenizer.from_pretrained(llama_folder))
+    return model
+
+
 @pytest.fixture
 def plain_bridge(llama_folder) -> TransformerBridge:
     """Unlike SAELens' subclass, this one knows the hook points' other names."""
@@ -216,6 +203,13 @@ def documents() -> Dataset:
     )
 
 
+@pytest.fixture
+def text(documents, tmp_path) -> str:
+    """A file of these documents."""
+    documents.to_json(tmp_path / "text.jsonl")
+    return str(tmp_path / "text.jsonl")
+
+
 TINY_RUN = {
     "model": "tiny",
     "layer": 1,
@@ -236,6 +230,17 @@ def make_config(tmp_path) -> Callable[..., TrainConfig]:
     def make(**fields: Any) -> TrainConfig:
         layer = {"output": str(tmp_path / "run"), "k": 3, "d_sae": 12}
         return TrainConfig(**(TINY_RUN | layer | fields))
+
+    return make
+
+
+@pytest.fixture
+def make_compare(tmp_path) -> Callable[..., CompareConfig]:
+    """``make_compare(**fields)``: a comparison of such runs."""
+
+    def make(**fields: Any) -> CompareConfig:
+        defaults = {"output": str(tmp_path / "compare"), "k": [2, 3], "n_sequences": 4}
+        return CompareConfig(**(TINY_RUN | defaults | fields))
 
     return make
 

@@ -36,8 +36,6 @@ from mxd_lens.models.site import Site
 from ..conftest import D_MLP, D_MODEL, N_VOCAB, WORDS
 from ..helpers import random_layer, reading_model
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 BOS, N_CTX = 1, 14
 
 

@@ -27,7 +27,7 @@ OLDER = '{"version": 0}'
 
 
 @pytest.fixture
-def run(tiny_bridge, documents, make_config, one_thread):
+def run(tiny_bridge, documents, make_config):
     """The folder of a run that is trained and not measured."""
     cfg = make_config(architecture="topk")
     train(cfg, tiny_bridge, documents)
@@ -57,17 +57,20 @@ class TestReport:
         with pytest.raises(ValueError, match=rf"{name}\.json .*version=0, this mxd-lens reads 1"):
             write_report(run)
 
-    @pytest.mark.parametrize("content", ["3", '[{"a": 1}]'])
-    def test_the_comparisons_results(self, tmp_path, content):
-        run = write_comparison(tmp_path)
-        (tmp_path / "results.json").write_text(content)
-        with pytest.raises(ValueError, match=r"results\.json is not what mxd-lens writes there"):
+    @pytest.mark.parametrize("name", ["results", "same/results"])
+    @pytest.mark.parametrize("content", ["[]", "3", '[{"a": 1}]'])
+    def test_a_file_of_the_comparison(self, tmp_path, name, content):
+        run = write_run(tmp_path / "mxd")
+        write_run(tmp_path / "same", "topk_transcoder")
+        write_comparison(tmp_path, {}, {"architecture": "topk_transcoder"})
+        (tmp_path / f"{name}.json").write_text(content)
+        with pytest.raises(ValueError, match=rf"{name}\.json is not what mxd-lens writes there"):
             write_report(run)
 
-    def test_a_file_beside_it(self, tmp_path):
-        run = write_comparison(tmp_path)
-        (tmp_path / "same" / "results.json").write_text("[]")
-        with pytest.raises(ValueError, match=r"same/results\.json is not what mxd-lens writes"):
+    def test_a_file_that_is_cut_off(self, tmp_path):
+        run = write_run(tmp_path / "run")
+        (run / "experts.json").write_text('{"texts": [')
+        with pytest.raises(ValueError, match=r"experts\.json is not JSON"):
             write_report(run)
 
 

@@ -17,8 +17,6 @@ from mxd_lens.models.site import Site
 
 from ..helpers import HOOK_IN, random_layer, reading_model
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 N_BATCHES, BATCH, CONTEXT = 3, 4, 8
 LAYERS = [
     "mxd",

@@ -22,8 +22,6 @@ from mxd_lens.models.site import Site
 from mxd_lens.models.splice import get_mlp, splice
 from tests.helpers import MODEL_SHAPE, close32, make_layer, substituted
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 HOOKED = ["tiny_hooked", "tiny_hooked_mlp"]
 BRIDGES = ["tiny_bridge", "tiny_bridge_gpt2"]
 PLAIN_BRIDGES = ["plain_bridge", "plain_bridge_gpt2"]  # SAELens' bridges hide aliases
@@ -70,12 +68,6 @@ def test_logits_are_those_with_the_mlps_output_substituted(lm, kind, tokens):
         close32(lm(tokens), expected)
     with splice(lm, {2: other, 1: layer}):
         close32(lm(tokens), both)
-
-
-def test_the_mlps_own_mxd_changes_nothing(lm, tokens):
-    expected = lm(tokens)
-    with splice(lm, {layer: MxD.from_mlp(get_mlp(lm, layer)) for layer in range(3)}):
-        close32(lm(tokens), expected)
 
 
 class TestHooks:
@@ -290,9 +282,13 @@ class TestProcessedWeights:
         with splice(lm, {1: mxd}):
             close32(lm(tokens), expected)
 
-    def test_the_mlps_own_mxd_changes_nothing(self, lm, tokens):
-        process(lm)
-        test_the_mlps_own_mxd_changes_nothing(lm, tokens)
+    @pytest.mark.parametrize("processed", [False, True])
+    def test_the_mlps_own_mxd_changes_nothing(self, lm, tokens, processed):
+        if processed:
+            process(lm)
+        expected = lm(tokens)
+        with splice(lm, {layer: MxD.from_mlp(get_mlp(lm, layer)) for layer in range(3)}):
+            close32(lm(tokens), expected)
 
     def test_is_not_done_while_layers_are_spliced_in(self, lm, mxd, tokens):
         refused = partial(pytest.raises, RuntimeError, match=r"would process.* restore\(\) its MLP")

@@ -27,7 +27,6 @@ from ..conftest import N_VOCAB
 from ..helpers import random_layer, reading_model
 
 close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 LAYERS = ["mxd", "jumprelu_mxd", "topk_transcoder", "topk_skip_transcoder", "topk"]
 ACTS = "blocks.1.mlp.hook_sae_acts_post"
