@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -29,7 +31,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from mxd_lens import CompareConfig, TrainConfig
+from mxd_lens import CompareConfig, TrainConfig, train
+from mxd_lens.startup import Interrupted
 
 SENTENCES = ["the cat sat on the mat", "a dog ran after the cat", "one fish saw a dog"]
 N_VOCAB, D_MODEL, D_MLP, N_LAYERS = 24, 16, 32, 3
@@ -263,3 +266,16 @@ def at_step(monkeypatch) -> Callable[[int, Callable[[], Any]], AbstractContextMa
             yield
 
     return doing
+
+
+@pytest.fixture
+def stopped(tiny_bridge, documents, make_config, at_step) -> Callable[..., TrainConfig]:
+    """``stopped(**fields)``: the configuration of a run that has been stopped at step 17."""
+
+    def stop(**fields: Any) -> TrainConfig:
+        cfg = make_config(**fields)
+        with at_step(17, lambda: os.kill(os.getpid(), signal.SIGINT)), pytest.raises(Interrupted):
+            train(cfg, tiny_bridge, documents)
+        return cfg
+
+    return stop

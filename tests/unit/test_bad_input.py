@@ -62,17 +62,22 @@ class TestConfigurations:
             ),
             ({"sae_options": '{"device": "meta"}'}, "sae_options must be an object with fields"),
             ({"k": 0, "seed": -1}, "k=0: must be at least 1; seed=-1: must be at least 0"),
-            ({"architecture": "topk", "k": 13}, "k=13 cannot be active out of d_sae=12"),
+            *(
+                ({"architecture": name, "k": 13}, "k=13 cannot be active out of d_sae=12")
+                for name in ("mxd", "topk", "topk_transcoder")
+            ),
+            ({"sae_options": "{"}, "sae_options is not JSON"),
+            ({"sae_options": '{"l1": 3}'}, ".*fields of TrainingMxDConfig: .*d_hidden"),
+            (
+                {"architecture": "jumprelu", "sae_options": '{"l0_coefficient": "x"}'},
+                r"sae_options\['l0_coefficient'\]='x': must be a val",
+            ),
+            ({"training_tokens": 31}, ".*less than one batch"),
         ],
     )
     def test_a_run(self, make_config, fields, message):
         with pytest.raises(ValueError, match=f"^{message}"):
             make_config(**fields)
-
-    def test_an_option_of_another_type(self, make_config):
-        options = '{"l0_coefficient": "x"}'
-        with pytest.raises(ValueError, match=r"sae_options\['l0_coefficient'\]='x': must be a val"):
-            make_config(architecture="jumprelu", sae_options=options)
 
     @pytest.mark.parametrize(
         ("fields", "message"),
@@ -147,10 +152,8 @@ class TestBeforeTheWork:
         assert [path.name for path in (tmp_path / "out").iterdir()] == [LOCK]
 
     @pytest.fixture
-    def arguments(self, llama_folder, documents, tmp_path):
-        text = tmp_path / "text.jsonl"
-        documents.to_json(text)
-        fields = TINY_RUN | {"model": str(llama_folder), "dataset": str(text)}
+    def arguments(self, llama_folder, text, tmp_path):
+        fields = TINY_RUN | {"model": str(llama_folder), "dataset": text}
         fields |= {"output": str(tmp_path / "run"), "d_sae": 12, "k": 3}
 
         def arguments(**values):
@@ -161,12 +164,6 @@ class TestBeforeTheWork:
     def test_a_heldout_text_that_is_too_short(self, untouched, arguments):
         with pytest.raises(SystemExit, match=r"^mxd-lens: the held-out text is too short"):
             main(["train", *arguments(heldout_documents=2)])
-
-    def test_another_file_where_results_will_be(self, untouched, arguments, tmp_path):
-        (tmp_path / "run").mkdir()
-        (tmp_path / "run" / "results.json").write_text("[]")
-        with pytest.raises(SystemExit, match=r"holds something else, with results\.json in it"):
-            main(["train", *arguments()])
 
     def test_a_layer_that_cannot_be_leaves_its_folder_free(self, arguments, tmp_path):
         with pytest.raises(SystemExit, match="no layer 7"):

@@ -122,7 +122,9 @@ def write_whole(folder):
     )
     write_run(folder / "other-k", "topk", k=2, steering=steering_file("topk"))
     write_run(folder / "other-seed", "topk", seed=1, probe=probe_file("topk"))
-    write_comparison(folder, *(read_rows(path)[0] for path in folder.glob("*/results.json")))
+    write_comparison(
+        folder, *(read_rows(path)[0] for path in sorted(folder.glob("*/results.json")))
+    )
     return run
 
 
@@ -419,7 +421,9 @@ def test_a_run_that_has_not_been_measured(tmp_path):
 
 
 def test_no_run_or_a_comparison(tmp_path):
-    for make in (tmp_path.exists, lambda: write_whole(tmp_path)):
-        make()
-        with pytest.raises(ValueError, match=f"{tmp_path} holds no finished run: .* or a run's"):
-            write_report(tmp_path)
+    said = f"{tmp_path} holds no finished run: .* or a run's folder within a comparison"
+    with pytest.raises(ValueError, match=said):
+        write_report(tmp_path)
+    write_whole(tmp_path)
+    with pytest.raises(ValueError, match=said):
+        write_report(tmp_path)
