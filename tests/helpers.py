@@ -16,6 +16,14 @@ from torch import Tensor
 from mxd_lens.files import write_json
 from mxd_lens.layers.base import PairLayer
 from mxd_lens.models.site import Site
+from mxd_lens.runs.analyse import (
+    ExpertsConfig,
+    ProbeConfig,
+    SteerConfig,
+    run_experts,
+    run_probe,
+    run_steer,
+)
 from mxd_lens.runs.config import COMPARISON_FILENAME
 from tests.conftest import D_MLP, D_MODEL, TINY_RUN, randomise
 
@@ -47,6 +55,14 @@ def placed(layer: SAE[Any], model: Any, block: int = 1) -> SAE[Any]:
     metadata.hook_name, metadata.hook_name_out = Site.at(model, block).hooks
     metadata.context_size = 8
     return layer
+
+
+ANALYSES = {
+    "probe": (run_probe, ProbeConfig),
+    "experts": (run_experts, ExpertsConfig),
+    "steering": (run_steer, SteerConfig),
+}
+"""Of finished runs: by the stem of their file, the analysis and its configuration."""
 
 
 def letters(texts: list[str], **_: Any) -> torch.Tensor:

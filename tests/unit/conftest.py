@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 
 from tests.helpers import KINDS, letters, make_layer
 
@@ -37,3 +38,12 @@ def kind(request) -> str:
 @pytest.fixture
 def layer(kind) -> Any:
     return make_layer(kind)
+
+
+@pytest.fixture
+def labelled(tmp_path) -> str:
+    """A file of labelled texts."""
+    animals = [{"text": f"the cat saw {'the ' * i}dog", "label": "animal"} for i in range(20)]
+    things = [{"text": f"one mat on {'a ' * i}mat", "label": "thing"} for i in range(20)]
+    Dataset.from_list(animals + things).to_json(tmp_path / "labelled.jsonl")
+    return str(tmp_path / "labelled.jsonl")

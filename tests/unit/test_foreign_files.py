@@ -9,18 +9,11 @@ from safetensors.torch import save_file
 
 from mxd_lens import CompareConfig, compare, train, write_report
 from mxd_lens.cli import main
-from mxd_lens.runs.analyse import (
-    ExpertsConfig,
-    ProbeConfig,
-    SteerConfig,
-    run_experts,
-    run_probe,
-    run_steer,
-)
+from mxd_lens.runs.analyse import SteerConfig, run_steer
 from mxd_lens.runs.config import finished_runs
 
 from ..conftest import TINY_RUN
-from ..helpers import write_comparison, write_run
+from ..helpers import ANALYSES, write_comparison, write_run
 
 FOREIGN = ["[]", "{}", "3", '{"a": 1}', '[{"a": 1}]', "null", '{"version": 1}']
 OLDER = '{"version": 0}'
@@ -76,18 +69,12 @@ class TestReport:
 
 class TestAnalyses:
     @pytest.mark.parametrize("content", [*FOREIGN, OLDER])
-    @pytest.mark.parametrize(
-        ("name", "cfg_class", "analyse"),
-        [
-            ("probe", ProbeConfig, run_probe),
-            ("experts", ExpertsConfig, run_experts),
-            ("steering", SteerConfig, run_steer),
-        ],
-    )
-    def test_a_file_where_theirs_goes(self, tmp_path, name, cfg_class, analyse, content):
+    @pytest.mark.parametrize("name", ANALYSES)
+    def test_a_file_where_theirs_goes(self, tmp_path, name, content):
         run = write_run(tmp_path / "run", "topk")
         save_file({"sparsity": torch.zeros(12)}, run / "layer" / SPARSITY_FILENAME)
         (run / f"{name}.json").write_text(content)
+        analyse, cfg_class = ANALYSES[name]
         with pytest.raises(ValueError, match=rf"{name}\.json is not what mxd-lens writes there"):
             analyse(cfg_class(run=str(run)))
 

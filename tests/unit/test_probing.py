@@ -13,7 +13,7 @@ from mxd_lens.data.reading import TextActivations, text_activations
 from mxd_lens.models.site import Site
 
 from ..conftest import SENTENCES
-from ..helpers import HOOK_IN, random_layer, reading_model
+from ..helpers import HOOK_IN, random_layer
 
 BOS, EOS = 1, 2
 TEXTS = [*SENTENCES, "cat", "the cat </s> sat", "fish " * 40, "one dog sat on a dog"]
@@ -34,23 +34,23 @@ def plain_means(model, hook, encode):
 
 
 @pytest.mark.parametrize(
-    ("fixture", "hidden"),
+    ("lm", "hidden"),
     [("tiny_hooked", "blocks.1.mlp.hook_post"), ("tiny_bridge", "blocks.1.mlp.out.hook_in")],
+    indirect=["lm"],
 )
-def test_pooled_features_are_the_means_over_non_special_tokens(request, fixture, hidden):
-    model = reading_model(request, fixture)
-    if fixture == "tiny_hooked":
+def test_pooled_features_are_the_means_over_non_special_tokens(lm, hidden):
+    if hidden.endswith("hook_post"):
         # A HookedTransformer's GLU adds this to its neurons; `read_mlp` makes it an output bias.
-        model.blocks[1].mlp.b_in.data.zero_()
-    site = Site.at(model, 1)
+        lm.blocks[1].mlp.b_in.data.zero_()
+    site = Site.at(lm, 1)
     activations = text_activations(site, TEXTS, context_size=N_CTX, lm_batch_size=3)
     assert tuple(activations.at) == site.hooks
     close = {"rtol": 1e-4, "atol": 1e-5}
-    for sae in (random_layer(name, model) for name in LAYERS):
-        expected = plain_means(model, sae.cfg.metadata.hook_name, sae.encode)
+    for sae in (random_layer(name, lm) for name in LAYERS):
+        expected = plain_means(lm, sae.cfg.metadata.hook_name, sae.encode)
         np.testing.assert_allclose(pool_layer(sae, activations).toarray(), expected, **close)
     neurons = pool_neurons(site, activations)
-    np.testing.assert_allclose(neurons, plain_means(model, hidden, lambda z: z), **close)
+    np.testing.assert_allclose(neurons, plain_means(lm, hidden, lambda z: z), **close)
 
 
 def test_the_model_is_run_no_further_than_the_hook(tiny_bridge):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 from contextlib import ExitStack, contextmanager
-from functools import partial
 
 import pytest
 import torch
@@ -24,19 +23,13 @@ from mxd_lens.analysis.steering import (
 from mxd_lens.models.splice import splice
 
 from ..conftest import N_VOCAB
-from ..helpers import random_layer, reading_model
-
-close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
+from ..helpers import close32 as close
+from ..helpers import random_layer
 
 LAYERS = ["mxd", "jumprelu_mxd", "topk_transcoder", "topk_skip_transcoder", "topk"]
 ACTS = "blocks.1.mlp.hook_sae_acts_post"
 EXPERTS = [5, 17, 30]
 AMOUNTS = torch.tensor([0.7, -1.3, 2.0])
-
-
-@pytest.fixture(params=["tiny_hooked", "tiny_bridge"])
-def lm(request):
-    return reading_model(request, request.param)
 
 
 @pytest.fixture(params=LAYERS)
