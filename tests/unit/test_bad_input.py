@@ -30,14 +30,9 @@ class TestConfigurations:
         ("fields", "message"),
         [
             ({"batch_size": 0}, "batch_size=0: must be at least 1"),
-            ({"batch_size": -64}, "batch_size=-64: must be at least 1"),
-            ({"context_size": 0}, "context_size=0: must be at least 3"),
-            ({"context_size": 1}, "context_size=1: must be at least 3"),
             ({"context_size": 2}, "context_size=2: must be at least 3"),
             ({"lm_batch_size": 0}, "lm_batch_size=0: must be at least 1"),
-            ({"lm_batch_size": -1}, "lm_batch_size=-1: must be at least 1"),
             ({"heldout_documents": 0}, "heldout_documents=0: must be at least 1"),
-            ({"heldout_documents": -1}, "heldout_documents=-1: must be at least 1"),
             ({"layer": -1}, "layer=-1: must be at least 0"),
             ({"architecture": "relu"}, "unknown architecture 'relu'; known: .*mxd_paper"),
             ({"device": "cuda:99"}, "device='cuda:99': this machine has no such device"),
@@ -90,7 +85,6 @@ class TestConfigurations:
             ({"architectures": ["topk", "topk"]}, "'topk' is there twice"),
             ({"architectures": ["mxd:paper"]}, "unknown architecture 'mxd:paper'; known: "),
             ({"n_sequences": 0}, "n_sequences=0: must be at least 1"),
-            ({"n_sequences": -1}, "n_sequences=-1: must be at least 1"),
             ({"k": [2, 2.5]}, r"k\[1\]=2.5: must be a valid integer"),
         ],
     )

@@ -9,14 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 
 import pytest
-import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from mxd_lens.cli import main
 
-from ..conftest import WORDS
-from ..helpers import letters
+from ..conftest import TINY_RUN, WORDS
 
 number = st.integers(-1, 40).map(str) | st.sampled_from(["", "x", "2.5", "nan", "1_0", "9" * 30])
 real = st.floats(-1, 4, width=16).map(str) | st.sampled_from(["x", "nan", "inf", "-inf", "1e-320"])
@@ -29,27 +27,20 @@ labelled = st.sampled_from(["labelled.csv", "lists.jsonl", "text.jsonl", "nothin
 architecture = st.sampled_from(["mxd", "mxd_paper", "topk", "topk_transcoder", "dense"])
 architecture |= st.sampled_from(["topk_skip_transcoder", "batchtopk_mxd", "batchtopk_transcoder"])
 architecture |= st.sampled_from(["batchtopk", "jumprelu", "standard", "relu", "mxd:paper", ""])
-sae_options = ["3", "{", "[]", "{}", '{"k": "three"}', '{"k": 2}', '{"d_sae": 0}']
-sae_options += [
-    '{"d_in": 3}',
-    '{"l0_coefficient": "x"}',
-    '{"l0_coefficient": 1}',
-    '{"dtype": "float16"}',
-]
-sae_options += ['{"dtype": "x"}', '{"aux_loss_coefficient": -1}', '{"d_hidden": 7}']
+sae_options = ["3", "{", "[]", "{}", '{"k": "three"}', '{"k": 2}', '{"d_sae": 0}', '{"d_in": 3}']
+sae_options += ['{"l0_coefficient": "x"}', '{"l0_coefficient": 1}', '{"aux_loss_coefficient": -1}']
+sae_options += ['{"dtype": "float16"}', '{"dtype": "x"}', '{"d_hidden": 7}']
 
-RUN = {
-    "layer": number,
+SOURCE = {
     "dataset": text,
-    "expansion": number,
-    "training_tokens": st.integers(-1, 200).map(str),
-    "batch_size": number,
-    "context_size": number,
-    "lm_batch_size": number,
-    "heldout_documents": number,
-    "text_column": column,
     "dataset_split": st.sampled_from(["train", "test", ""]),
+    "text_column": column,
     "streaming": yes_or_no,
+}
+SIZES = ("layer", "expansion", "batch_size", "context_size", "lm_batch_size", "heldout_documents")
+RUN = SOURCE | {
+    **dict.fromkeys(SIZES, number),
+    "training_tokens": st.integers(-1, 200).map(str),
     "model_class": st.sampled_from(["TransformerBridge", "HookedTransformer", "x"]),
     "autocast": yes_or_no,
     "device": st.sampled_from(["cpu", "meta", "quantum", "cuda:99", "cpu:x", ""]),
@@ -58,15 +49,11 @@ RUN = {
     "config_path": st.sampled_from(["text.txt", "own.yaml", "wrong.yaml", "nothing.yaml"]),
 }
 TRAIN = RUN | {
+    **dict.fromkeys(["k", "d_sae", "lr_warm_up_steps", "lr_decay_steps", "seed"], number),
     "architecture": architecture,
-    "k": number,
-    "d_sae": number,
     "lr": real,
     "sae_options": st.sampled_from(sae_options),
-    "lr_warm_up_steps": number,
-    "lr_decay_steps": number,
     "activations": st.sampled_from(["out/activations", "text.txt", ""]),
-    "seed": number,
 }
 COMPARE = RUN | {
     "architectures": st.lists(architecture, max_size=2),
@@ -75,7 +62,6 @@ COMPARE = RUN | {
     "n_sequences": number,
     "probe": labelled,
 }
-SOURCE = {name: RUN[name] for name in ("dataset", "dataset_split", "text_column", "streaming")}
 SAMPLING = {
     "prompt": st.sampled_from(["the cat", "", "</s>", "dog " * 40]),
     "sample_tokens": number,
@@ -136,18 +122,9 @@ def no_hang(seconds: int) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-SMALL = {
-    "model": "models",
-    "layer": "1",
-    "dataset": "text.jsonl",
-    "training_tokens": "64",
-    "batch_size": "32",
-    "context_size": "8",
-    "lm_batch_size": "4",
-    "heldout_documents": "20",
-    "device": "cpu",
-    "output": "out",
-}
+SMALL = {name: str(value) for name, value in TINY_RUN.items()}
+SMALL |= {"model": "models", "dataset": "text.jsonl", "output": "out"}
+SMALL |= {"training_tokens": "64", "heldout_documents": "20"}
 COMPARED = {"architectures": ["topk"], "k": ["2"], "expansion": "8", "n_sequences": "4"}
 
 
@@ -160,7 +137,7 @@ def options(values: dict[str, str | list[str]]) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def folder(llama_folder, tmp_path_factory):
+def folder(llama_folder, tmp_path_factory, offline):
     """The current directory: a model, texts, labelled texts, and a finished comparison."""
     folder = tmp_path_factory.mktemp("commands")
     shutil.copytree(llama_folder, folder / "models")
@@ -183,15 +160,10 @@ def folder(llama_folder, tmp_path_factory):
     lists = [json.dumps({"text": text, "label": ["a"]}) for text in documents]
     (folder / "lists.jsonl").write_text("\n".join(lists))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mxd_lens.runs.analyse.embed", letters)
-        patch.setattr("mxd_lens.analysis.judge.embed", letters)
         patch.chdir(folder)
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
         several = {"architectures": ["mxd", "topk", "dense"], "output": "finished"}
         main(["compare", *options(SMALL | COMPARED | several)])
         yield folder
-        torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -51,95 +51,53 @@ class Shifting(nn.Module):
         return shifted(t)
 
 
-# Ways to edit what passes a hook point: each changes it, and gives what undoes that.
-
-Undo = Callable[[], Any]
-
-
-def _add_hook(layer: Any, name: str, **options: Any) -> Undo:
-    point = getattr(layer, name)
-    point.add_hook(shifted, **options)
-    return lambda: point.remove_hooks(including_permanent=True)
-
-
-def _hooks(layer: Any, name: str) -> Undo:
-    stack = ExitStack()
-    stack.enter_context(layer.hooks(fwd_hooks=[(name, shifted)]))
-    return stack.close
-
-
-def _patched(target: Any, name: str, value: Any) -> Undo:
-    patch = pytest.MonkeyPatch()
-    (patch.setitem if isinstance(target, dict) else patch.setattr)(target, name, value)
-    return patch.undo
-
-
-def _patched_class(layer: Any, name: str) -> Undo:
-    point = getattr(layer, name)
-    return _patched(HookPoint, "forward", lambda self, t: shifted(t) if self is point else t)
-
-
-def _global(register: Callable) -> Callable[[Any, str], Undo]:
-    def edit(layer: Any, name: str) -> Undo:
-        point = getattr(layer, name)
-        # a pre-hook has the inputs last, a forward hook the output
-        return register(lambda m, *t: shifted(_last(t)) if m is point else None).remove
-
-    return edit
-
-
-def _last(t: Any) -> Tensor:
-    return t if isinstance(t, Tensor) else _last(t[-1])
-
-
-EDITS: dict[str, Callable[[Any, str], Undo]] = {
-    "forward_hook": lambda layer, name: (
-        getattr(layer, name).register_forward_hook(lambda m, i, out: shifted(out)).remove
-    ),
-    "forward_pre_hook": lambda layer, name: (
-        getattr(layer, name).register_forward_pre_hook(lambda m, i: shifted(*i)).remove
-    ),
-    "global_forward_hook": _global(torch_module.register_module_forward_hook),
-    "global_forward_pre_hook": _global(torch_module.register_module_forward_pre_hook),
-    "add_hook": _add_hook,
-    "perma_hook": lambda layer, name: _add_hook(layer, name, is_permanent=True),
-    "hooks": _hooks,
-    "patched_instance": lambda layer, name: _patched(getattr(layer, name), "forward", shifted),
-    "patched_class": _patched_class,
-    "another_module": lambda layer, name: _patched(layer._modules, name, Shifting()),
+REGISTER: dict[str, Callable[[HookPoint, Callable], Any]] = {
+    "forward_hook": HookPoint.register_forward_hook,
+    "forward_pre_hook": HookPoint.register_forward_pre_hook,
+    "global_forward_hook": lambda _, hook: torch_module.register_module_forward_hook(hook),
+    "global_forward_pre_hook": lambda _, hook: torch_module.register_module_forward_pre_hook(hook),
 }
+REGISTER_BACKWARD: dict[str, Callable[[HookPoint, Callable], Any]] = {
+    "hook": HookPoint.register_full_backward_hook,
+    "pre_hook": HookPoint.register_full_backward_pre_hook,
+    "global_hook": lambda _, hook: torch_module.register_module_full_backward_hook(hook),
+    "global_pre_hook": lambda _, hook: torch_module.register_module_full_backward_pre_hook(hook),
+}
+"""PyTorch's ways to hook a module; the last of what a hook is called with is what passes."""
+EDITS = [*REGISTER, "add_hook", "perma_hook", "hooks", "patched_instance", "patched_class"]
+EDITS += ["another_module"]
+
+
+def last(t: Any) -> Tensor:
+    return t if isinstance(t, Tensor) else last(t[-1])
 
 
 @contextmanager
 def edited(layer: Any, name: str, way: str) -> Iterator[None]:
-    undo = EDITS[way](layer, name)
-    try:
+    """What passes a hook point is shifted, in one of the EDITS."""
+    point = getattr(layer, name)
+
+    def hook(module: nn.Module, *t: Any) -> Tensor | None:
+        return shifted(last(t)) if module is point else None
+
+    def forward(self: nn.Module, t: Tensor) -> Tensor:
+        return shifted(t) if self is point else t
+
+    with ExitStack() as undo, pytest.MonkeyPatch.context() as patch:
+        if way in REGISTER:
+            undo.callback(REGISTER[way](point, hook).remove)
+        elif way in ("add_hook", "perma_hook"):
+            point.add_hook(shifted, is_permanent=way == "perma_hook")
+            undo.callback(point.remove_hooks, including_permanent=True)
+        elif way == "hooks":
+            undo.enter_context(layer.hooks(fwd_hooks=[(name, shifted)]))
+        elif way == "another_module":
+            patch.setitem(layer._modules, name, Shifting())
+        elif way == "patched_instance":
+            patch.setattr(point, "forward", shifted)
+        else:
+            patch.setattr(HookPoint, "forward", forward)
         yield
-    finally:
-        undo()
-
-
-# Ways to see the gradient that passes a hook point.
-
-
-def _global_backward(register: Callable) -> Callable[[Any, list], Any]:
-    return lambda point, seen: register(
-        lambda m, *grads: seen.append(_last(grads)) if m is point else None
-    )
-
-
-GRADIENTS: dict[str, Callable[[Any, list], Any]] = {
-    "backward_hook": lambda point, seen: point.register_full_backward_hook(
-        lambda m, i, out: seen.append(out[0])
-    ),
-    "backward_pre_hook": lambda point, seen: point.register_full_backward_pre_hook(
-        lambda m, out: seen.append(out[0])
-    ),
-    "global_backward_hook": _global_backward(torch_module.register_module_full_backward_hook),
-    "global_backward_pre_hook": _global_backward(
-        torch_module.register_module_full_backward_pre_hook
-    ),
-}
 
 
 @pytest.mark.parametrize("name", GATE)
@@ -153,13 +111,18 @@ class TestHooks:
             close(layer(x), expected)
         close(layer(x), reference(layer, x))
 
-    @pytest.mark.parametrize("way", GRADIENTS)
+    @pytest.mark.parametrize("way", REGISTER_BACKWARD)
     def test_every_way_to_see_the_gradient_sees_it(self, layer, x, way, name):
-        terms = steps(layer, x)
+        terms, point = steps(layer, x), getattr(layer, name)
         (expected,) = torch.autograd.grad(terms["hook_out"].sum(), terms[name])
         assert expected.abs().max() > 0.01
         seen: list[Tensor] = []
-        handle = GRADIENTS[way](getattr(layer, name), seen)
+
+        def hook(module: nn.Module, *grads: Any) -> None:
+            if module is point:
+                seen.append(last(grads))
+
+        handle = REGISTER_BACKWARD[way](point, hook)
         layer(x).sum().backward()
         handle.remove()
         assert len(seen) == 1
