@@ -41,6 +41,12 @@ def layer(kind) -> Any:
 
 
 @pytest.fixture
+def x() -> torch.Tensor:
+    """Inputs of such a layer."""
+    return torch.randn(6, 5, dtype=torch.float64)
+
+
+@pytest.fixture
 def labelled(tmp_path) -> str:
     """A file of labelled texts."""
     animals = [{"text": f"the cat saw {'the ' * i}dog", "label": "animal"} for i in range(20)]

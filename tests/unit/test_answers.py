@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
-from torch import Tensor
 
 from mxd_lens.layers import answers, architectures, config_class, label, layer_of, width_for
 from mxd_lens.layers.mlp import MLPShape, MLPWeights
@@ -18,11 +17,6 @@ from tests.reference import hidden, steps
 
 GPT2 = MLPShape(768, 768, 3072, "gelu_new", gated=False)
 SMOLLM2 = MLPShape(576, 576, 1536, "silu", gated=True)
-
-
-@pytest.fixture
-def x() -> Tensor:
-    return torch.randn(6, 5, dtype=torch.float64)
 
 
 class TestNames:

@@ -64,11 +64,6 @@ def learned(layer: Any) -> dict[str, Tensor]:
     return {name: p for name, p in layer.named_parameters() if p.requires_grad}
 
 
-@pytest.fixture
-def x() -> Tensor:
-    return torch.randn(6, 5, dtype=torch.float64)
-
-
 class TestDefinition:
     @pytest.mark.parametrize("batch", [(), (6,), (2, 3), (2, 3, 4), (0,)])
     def test_equals_the_plain_form(self, kind, layer, batch):
@@ -353,7 +348,6 @@ def test_a_config_that_does_not_fit_the_weights(layer, tmp_path, edit_json):
 WRONG = [
     ("k", 12, "k=12 cannot be active out of d_sae=11"),
     ("k", 0, "k=0 .* 1 <= k"),
-    ("k", -1, "k=-1 .* 1 <= k"),
     ("d_out", 0, "d_out must be at least 1"),
     ("d_hidden", 0, "d_hidden must be at least 1"),
     ("act_fn", "tanh", "unknown activation act_fn='tanh'; known: relu"),

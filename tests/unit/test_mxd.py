@@ -20,11 +20,6 @@ close32 = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
 MODELS = ["tiny_hooked", "tiny_hooked_mlp", "tiny_bridge", "tiny_bridge_gpt2"]
 
 
-@pytest.fixture
-def x() -> Tensor:
-    return torch.randn(6, 5, dtype=torch.float64)
-
-
 @pytest.mark.parametrize("kind", ["mxd", "mxd_mlp"])
 class TestDefinition:
     def test_is_a_sum_of_experts_acting_on_the_hidden_units(self, kind, x):

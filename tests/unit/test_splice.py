@@ -250,6 +250,7 @@ class TestProcessedWeights:
         if isinstance(lm, HookedTransformer):
             lm.set_tokenizer(AutoTokenizer.from_pretrained(llama_folder))
         layer = train(make_config(architecture=architecture, training_tokens=64), lm, documents)
+        assert layer.cfg.metadata.hook_name_out == Site.at(lm, 1).hook_out
         assert layer.cfg.metadata.norms_folded is False
         splice(lm, {1: layer}).restore()
         process(lm)

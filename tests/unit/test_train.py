@@ -9,7 +9,6 @@ from sae_lens import SAE
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE
 from sae_lens.saes.topk_sae import TopKSAE
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
 
 from mxd_lens import MxD, TopKSkipTranscoder, TopKTranscoder, evaluate, train
 from mxd_lens.data.activations import NonFiniteActivations, activations_store, pairs
@@ -168,9 +167,3 @@ def test_what_cannot_work_is_said_in_one_sentence(
 ):
     with pytest.raises(ValueError, match=message):
         train(make_config(**fields), tiny_bridge, documents)
-
-
-def test_hooked_transformers_train_too(tiny_hooked, llama_folder, documents, make_config):
-    tiny_hooked.set_tokenizer(AutoTokenizer.from_pretrained(llama_folder))
-    mxd = train(make_config(), tiny_hooked, documents)
-    assert mxd.cfg.metadata.hook_name_out == "blocks.1.hook_mlp_out"
