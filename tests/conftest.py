@@ -36,6 +36,7 @@ from mxd_lens.startup import Interrupted
 
 SENTENCES = ["the cat sat on the mat", "a dog ran after the cat", "one fish saw a dog"]
 N_VOCAB, D_MODEL, D_MLP, N_LAYERS = 24, 16, 32, 3
+TOKENS = {"vocab_size": N_VOCAB, "bos_token_id": 1, "eos_token_id": 2}
 
 
 @pytest.fixture(autouse=True)
@@ -123,7 +124,7 @@ def llama_folder(tmp_path_factory) -> Path:
     """A Llama with biases in its MLP, as Hugging Face saves it."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=N_VOCAB,
+        **TOKENS,
         hidden_size=D_MODEL,
         intermediate_size=D_MLP,
         num_hidden_layers=N_LAYERS,
@@ -131,8 +132,6 @@ def llama_folder(tmp_path_factory) -> Path:
         num_key_value_heads=1,
         max_position_embeddings=32,
         mlp_bias=True,
-        bos_token_id=1,
-        eos_token_id=2,
         pad_token_id=2,
     )
     return save(LlamaForCausalLM(config), tmp_path_factory.mktemp("models") / "llama")
@@ -142,14 +141,12 @@ def llama_folder(tmp_path_factory) -> Path:
 def gpt2_folder(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     config = GPT2Config(
-        vocab_size=N_VOCAB,
+        **TOKENS,
         n_embd=D_MODEL,
         n_inner=D_MLP,
         n_layer=N_LAYERS,
         n_head=2,
         n_positions=32,
-        bos_token_id=1,
-        eos_token_id=2,
     )
     return save(GPT2LMHeadModel(config), tmp_path_factory.mktemp("models") / "gpt2")
 

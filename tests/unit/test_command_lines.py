@@ -196,73 +196,43 @@ def attempt(folder):
     return attempt
 
 
-@pytest.fixture(scope="module")
-def analyse(attempt):
-    """``attempt``, with a finished comparison in ``out``."""
-
-    def analyse(results: str, *arguments: str) -> None:
-        shutil.copytree("finished", "out")
-        try:
-            attempt(results, *arguments)
-        finally:
-            shutil.rmtree("out")
-
-    return analyse
-
-
-def examples(n: int):
-    phases = [Phase.generate, Phase.shrink]  # explaining traces every line
-    return settings(max_examples=n, deadline=None, derandomize=True, database=None, phases=phases)
-
-
 RUNS = st.sampled_from(["out", "out/mxd-k2-seed0", "out/topk-k2-seed0", "out/dense-seed0"])
 RUNS |= st.sampled_from(["nowhere", "text.txt"])
+SAMPLED = {"sample_tokens": "3", "n_samples": "2", "strengths": ["1"], "experts": ["1"]}
+COMMANDS = {
+    "train": (45, TRAIN, SMALL | {"k": "2", "d_sae": "12"}, "results.json"),
+    "compare": (30, COMPARE, SMALL | COMPARED, "results.json"),
+    "evaluate": (25, EVALUATE, {"dataset": "short.txt", "n_sequences": "4"}, "**/results-*.html"),
+    "probe": (
+        *(25, PROBE),
+        {"data": ["labelled.csv"], "n_texts": "20", "n_splits": "1"},
+        "*/probe.json",
+    ),
+    "experts": (
+        *(25, EXPERTS),
+        {"n_tokens": "300", "effect_strength": "0", "sample_tokens": "2"},
+        "*/experts.json",
+    ),
+    "steer": (25, STEER, SAMPLED, "*/steering.json"),
+    "report": (5, {"k": number}, {}, "*/report.html"),
+}
+"""How often it is tried, options, what they are else, and the results of a success."""
 
 
-@examples(45)
-@given(values=some_of(TRAIN))
-def test_train(attempt, values):
-    values = SMALL | {"k": "2", "d_sae": "12"} | values
-    attempt("results.json", "train", *options(values))
-    shutil.rmtree("out", ignore_errors=True)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_whatever_is_asked(attempt, command):
+    n, possible, usual, results = COMMANDS[command]
+    phases = [Phase.generate, Phase.shrink]  # explaining traces every line
+    reads_runs = command not in ("train", "compare")
 
+    @settings(max_examples=n, deadline=None, derandomize=True, database=None, phases=phases)
+    @given(run=RUNS if reads_runs else st.none(), values=some_of(possible))
+    def ask(run, values):
+        if reads_runs:
+            shutil.copytree("finished", "out")
+        try:
+            attempt(results, command, *([run] if reads_runs else []), *options(usual | values))
+        finally:
+            shutil.rmtree("out", ignore_errors=True)
 
-@examples(30)
-@given(values=some_of(COMPARE))
-def test_compare(attempt, values):
-    attempt("results.json", "compare", *options(SMALL | COMPARED | values))
-    shutil.rmtree("out", ignore_errors=True)
-
-
-@examples(25)
-@given(run=RUNS, values=some_of(EVALUATE))
-def test_evaluate(analyse, run, values):
-    values = {"dataset": "short.txt", "n_sequences": "4"} | values
-    analyse("**/results-*.html", "evaluate", run, *options(values))
-
-
-@examples(25)
-@given(run=RUNS, values=some_of(PROBE))
-def test_probe(analyse, run, values):
-    values = {"data": ["labelled.csv"], "n_texts": "20", "n_splits": "1"} | values
-    analyse("*/probe.json", "probe", run, *options(values))
-
-
-@examples(25)
-@given(run=RUNS, values=some_of(EXPERTS))
-def test_experts(analyse, run, values):
-    values = {"n_tokens": "300", "effect_strength": "0", "sample_tokens": "2"} | values
-    analyse("*/experts.json", "experts", run, *options(values))
-
-
-@examples(25)
-@given(run=RUNS, values=some_of(STEER))
-def test_steer(analyse, run, values):
-    values = {"n_samples": "2", "sample_tokens": "3", "strengths": ["1"], "experts": ["1"]} | values
-    analyse("*/steering.json", "steer", run, *options(values))
-
-
-@examples(5)
-@given(run=RUNS, k=number)
-def test_report(analyse, run, k):
-    analyse("*/report.html", "report", run, "--k", k)
+    ask()
