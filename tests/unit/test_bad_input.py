@@ -1,6 +1,5 @@
 """Bad values are refused in one sentence that names them, where they are given."""
 
-import json
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -13,9 +12,7 @@ from mxd_lens.analysis.embedding import embed
 from mxd_lens.analysis.probing import probe
 from mxd_lens.analysis.steering import calibrate_strength, evaluate_steering, generate_steered
 from mxd_lens.cli import EvaluateConfig, main
-from mxd_lens.data.labelled import load_labelled
 from mxd_lens.data.reading import read_heldout, text_activations
-from mxd_lens.data.text import load_text, split_documents
 from mxd_lens.files import LOCK
 from mxd_lens.layers.mxd import MxD
 from mxd_lens.models.site import Site
@@ -166,36 +163,6 @@ class TestBeforeTheWork:
 
 
 class TestText:
-    @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.csv", "a.parquet"])
-    def test_an_empty_file(self, tmp_path, name):
-        (tmp_path / name).touch()
-        with pytest.raises(ValueError, match=rf"{name}.* is empty"):
-            load_text(str(tmp_path / name))
-
-    @pytest.mark.parametrize(
-        ("name", "content", "message"),
-        [
-            ("a.txt", b"caf\xe9 \xff", "'utf-8' codec can't decode byte 0xe9"),
-            ("a.csv", b"text\ncaf\xe9\n", "[uU][tT][fF]-?8"),
-            ("a.jsonl", b'{"text": "fine"}\n{"text": "caf\xe9"}\n', "Invalid UTF8"),
-            ("a.jsonl", b'{"text": "a"}\n{"text": ', "Trailing data"),
-            ("a.csv", b'text\n"a"\n1,2,3\n', "Expected 1 fields in line 3, saw 3"),
-        ],
-    )
-    def test_a_broken_file_and_why(self, tmp_path, name, content, message):
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=rf"cannot load '.*{name}': .*{message}"):
-            load_text(str(tmp_path / name))
-
-    def test_documents_that_are_all_the_same(self):
-        with pytest.raises(ValueError, match="2 documents to hold out are all among those to trai"):
-            split_documents(Dataset.from_dict({"text": ["the cat"] * 9}), 2)
-
-    @pytest.mark.parametrize("n", [0, -1])
-    def test_nothing_to_hold_out(self, documents, n):
-        with pytest.raises(ValueError, match=f"n_heldout={n}: must be at least 1"):
-            split_documents(documents, n)
-
     @pytest.mark.parametrize("cached", [False, True])
     def test_special_tokens_only(self, tiny_bridge, make_config, tmp_path, cached):
         documents = Dataset.from_dict({"text": ["</s>" * i for i in range(1, 100)]})
@@ -213,19 +180,6 @@ class TestText:
         stream = documents.to_iterable_dataset()
         with pytest.raises(ValueError, match="there is no document: give more text"):
             train(make_config(heldout_documents=200), tiny_bridge, stream)
-
-    def test_text_and_labels_in_one_column(self, tmp_path):
-        path = tmp_path / "a.csv"
-        path.write_text("text\na\nb\n")
-        with pytest.raises(ValueError, match=r"has only 1 different texts of class 'a'"):
-            load_labelled(str(path), label_column="text")
-
-    @pytest.mark.parametrize("label", [["a", "b"], {"a": 1}])
-    def test_labels_that_are_none(self, tmp_path, label):
-        path = tmp_path / "a.jsonl"
-        path.write_text("\n".join(json.dumps({"text": f"{i}", "label": label}) for i in range(9)))
-        with pytest.raises(ValueError, match=r"column 'label' of .* holds no labels, but"):
-            load_labelled(str(path))
 
 
 class TestArguments:
