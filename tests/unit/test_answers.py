@@ -41,7 +41,7 @@ class TestNames:
 
 class TestWidth:
     def test_the_references_own_number(self):
-        assert width_for("mxd", GPT2, 32) == 21_490
+        assert width_for("mxd", GPT2, 32) == width_for("mxd_paper", GPT2, 32) == 21_490
 
     @pytest.mark.parametrize("name", sorted({*architectures()} - {"dense", "gated"}))
     @pytest.mark.parametrize("mlp", [GPT2, SMOLLM2])

@@ -20,7 +20,7 @@ from mxd_lens import train
 from mxd_lens.layers.mxd import MxD
 from mxd_lens.models.site import Site
 from mxd_lens.models.splice import get_mlp, splice
-from tests.helpers import MODEL_SHAPE, close32, make_layer, substituted
+from tests.helpers import INFERENCE, MODEL_SHAPE, close32, make_layer, substituted
 
 HOOKED = ["tiny_hooked", "tiny_hooked_mlp"]
 BRIDGES = ["tiny_bridge", "tiny_bridge_gpt2"]
@@ -57,7 +57,7 @@ def untouched(lm, tokens) -> Any:
     return check
 
 
-@pytest.mark.parametrize("kind", ["mxd", "mxd_mlp", "topk_skip_transcoder", "dense"])
+@pytest.mark.parametrize("kind", INFERENCE)
 def test_logits_are_those_with_the_mlps_output_substituted(lm, kind, tokens):
     layer, other = (make_layer(kind, 0.2, **MODEL_SHAPE) for _ in range(2))
     expected = in_place(lm, tokens, {1: layer})
