@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -20,6 +22,7 @@ from torch import nn
 from transformer_lens import HookedTransformerConfig
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import (
+    AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -28,11 +31,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from mxd_lens.layers.mxd import MxD, MxDConfig
-from mxd_lens.runs.config import TrainConfig
+from mxd_lens import CompareConfig, TrainConfig, train
+from mxd_lens.startup import Interrupted
 
 SENTENCES = ["the cat sat on the mat", "a dog ran after the cat", "one fish saw a dog"]
 N_VOCAB, D_MODEL, D_MLP, N_LAYERS = 24, 16, 32, 3
+TOKENS = {"vocab_size": N_VOCAB, "bos_token_id": 1, "eos_token_id": 2}
 
 
 @pytest.fixture(autouse=True)
@@ -40,33 +44,11 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Tiny tensors gain nothing from threads, and on a busy machine wait for them."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @torch.no_grad()
 def randomise(module: nn.Module, size: float = 0.3) -> None:
     """Every parameter away from its initial value, biases and norms' weights included."""
     for parameter in module.parameters():
         parameter.add_(size * torch.randn_like(parameter))
-
-
-@pytest.fixture
-def random_mxd() -> Callable[..., MxD]:
-    """``random_mxd(size, **fields)``: an MxD in float64 with no parameter at zero or one."""
-
-    def make(size: float = 0.7, **fields: Any) -> MxD:
-        shape = {"d_in": 5, "d_out": 4, "d_hidden": 7, "d_sae": 11, "k": 3, "dtype": "float64"}
-        mxd = MxD(MxDConfig(**(shape | fields)))
-        randomise(mxd, size)
-        return mxd
-
-    return make
 
 
 @pytest.fixture
@@ -142,7 +124,7 @@ def llama_folder(tmp_path_factory) -> Path:
     """A Llama with biases in its MLP, as Hugging Face saves it."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=N_VOCAB,
+        **TOKENS,
         hidden_size=D_MODEL,
         intermediate_size=D_MLP,
         num_hidden_layers=N_LAYERS,
@@ -150,8 +132,6 @@ def llama_folder(tmp_path_factory) -> Path:
         num_key_value_heads=1,
         max_position_embeddings=32,
         mlp_bias=True,
-        bos_token_id=1,
-        eos_token_id=2,
         pad_token_id=2,
     )
     return save(LlamaForCausalLM(config), tmp_path_factory.mktemp("models") / "llama")
@@ -161,14 +141,12 @@ def llama_folder(tmp_path_factory) -> Path:
 def gpt2_folder(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     config = GPT2Config(
-        vocab_size=N_VOCAB,
+        **TOKENS,
         n_embd=D_MODEL,
         n_inner=D_MLP,
         n_layer=N_LAYERS,
         n_head=2,
         n_positions=32,
-        bos_token_id=1,
-        eos_token_id=2,
     )
     return save(GPT2LMHeadModel(config), tmp_path_factory.mktemp("models") / "gpt2")
 
@@ -181,6 +159,15 @@ def tiny_bridge(llama_folder) -> SAETransformerBridge:
 @pytest.fixture
 def tiny_bridge_gpt2(gpt2_folder) -> SAETransformerBridge:
     return SAETransformerBridge.boot_transformers(str(gpt2_folder))
+
+
+@pytest.fixture(params=["tiny_hooked", "tiny_bridge"])
+def lm(request, llama_folder) -> Any:
+    """A tiny model, by the name of its fixture, with a tokenizer."""
+    model = request.getfixturevalue(request.param)
+    if model.tokenizer is None:
+        model.set_tokenizer(AutoTokenizer.from_pretrained(llama_folder))
+    return model
 
 
 @pytest.fixture
@@ -216,6 +203,13 @@ def documents() -> Dataset:
     )
 
 
+@pytest.fixture
+def text(documents, tmp_path) -> str:
+    """A file of these documents."""
+    documents.to_json(tmp_path / "text.jsonl")
+    return str(tmp_path / "text.jsonl")
+
+
 TINY_RUN = {
     "model": "tiny",
     "layer": 1,
@@ -241,6 +235,17 @@ def make_config(tmp_path) -> Callable[..., TrainConfig]:
 
 
 @pytest.fixture
+def make_compare(tmp_path) -> Callable[..., CompareConfig]:
+    """``make_compare(**fields)``: a comparison of such runs."""
+
+    def make(**fields: Any) -> CompareConfig:
+        defaults = {"output": str(tmp_path / "compare"), "k": [2, 3], "n_sequences": 4}
+        return CompareConfig(**(TINY_RUN | defaults | fields))
+
+    return make
+
+
+@pytest.fixture
 def at_step(monkeypatch) -> Callable[[int, Callable[[], Any]], AbstractContextManager[None]]:
     """``with at_step(n, action)``: do it within the n-th training step."""
 
@@ -258,3 +263,16 @@ def at_step(monkeypatch) -> Callable[[int, Callable[[], Any]], AbstractContextMa
             yield
 
     return doing
+
+
+@pytest.fixture
+def stopped(tiny_bridge, documents, make_config, at_step) -> Callable[..., TrainConfig]:
+    """``stopped(**fields)``: the configuration of a run that has been stopped at step 17."""
+
+    def stop(**fields: Any) -> TrainConfig:
+        cfg = make_config(**fields)
+        with at_step(17, lambda: os.kill(os.getpid(), signal.SIGINT)), pytest.raises(Interrupted):
+            train(cfg, tiny_bridge, documents)
+        return cfg
+
+    return stop

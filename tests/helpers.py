@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
@@ -13,19 +12,26 @@ import torch
 from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.sae import SAE, SAEMetadata, TrainingSAE, TrainStepInput, TrainStepOutput
 from torch import Tensor
-from transformers import AutoTokenizer
 
+from mxd_lens.files import write_json
 from mxd_lens.layers.base import PairLayer
 from mxd_lens.models.site import Site
-from mxd_lens.runs import results
+from mxd_lens.runs.analyse import (
+    ExpertsConfig,
+    ProbeConfig,
+    SteerConfig,
+    run_experts,
+    run_probe,
+    run_steer,
+)
 from mxd_lens.runs.config import COMPARISON_FILENAME
 from tests.conftest import D_MLP, D_MODEL, TINY_RUN, randomise
 
 HOOK_IN, HOOK_OUT = "blocks.1.mlp.hook_in", "blocks.1.mlp.hook_out"
 """Of layer 1 of a tiny bridge."""
 
-SIZES = {"context_size": 8, "batch_size": 32, "lm_batch_size": 4}
-STORE = SIZES | {"device": "cpu", "autocast_lm": False}
+STORE = {"context_size": 8, "batch_size": 32, "lm_batch_size": 4}
+STORE |= {"device": "cpu", "autocast_lm": False}
 """Arguments of `activations_store` for a tiny model."""
 
 CE = ("ce_original", "ce_replaced", "ce_replaced_all_positions", "ce_zero_ablation", "ce_increase")
@@ -43,23 +49,20 @@ ROW: dict[str, Any] = {
 """A layer's results, as `mxd_lens.runs.results.Row` has them."""
 
 
-def weights(layer: Any) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in layer.state_dict().items()}
-
-
-def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
-    """Bit by bit."""
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
-
-
-def placed(layer: SAE[Any], model: Any) -> SAE[Any]:
-    """The layer, with metadata as if trained in place of the model's MLP 1."""
+def placed(layer: SAE[Any], model: Any, block: int = 1) -> SAE[Any]:
+    """The layer, with metadata as if trained in place of the MLP of the model's block."""
     metadata = layer.cfg.metadata
-    metadata.hook_name, metadata.hook_name_out = Site.at(model, 1).hooks
+    metadata.hook_name, metadata.hook_name_out = Site.at(model, block).hooks
     metadata.context_size = 8
     return layer
+
+
+ANALYSES = {
+    "probe": (run_probe, ProbeConfig),
+    "experts": (run_experts, ExpertsConfig),
+    "steering": (run_steer, SteerConfig),
+}
+"""Of finished runs: by the stem of their file, the analysis and its configuration."""
 
 
 def letters(texts: list[str], **_: Any) -> torch.Tensor:
@@ -68,30 +71,31 @@ def letters(texts: list[str], **_: Any) -> torch.Tensor:
     return torch.nn.functional.normalize(torch.tensor(counts, dtype=torch.float32), dim=-1)
 
 
-def write_run(folder: Path, architecture: str = "mxd", **fields: Any) -> Path:
-    """The folder of a run, with its configuration, its layer's and its results."""
-    row = ROW | {"architecture": architecture} | fields
-    cfg = TINY_RUN | {name: row[name] for name in ("architecture", "k", "seed")}
+def write_run(
+    folder: Path, architecture: str = "mxd", k: int = 3, seed: int = 0, **files: Any
+) -> Path:
+    """The folder of a run: configurations, faithfulness, and other results by their file's stem."""
+    what = {"architecture": architecture, "k": k}
     (folder / "layer").mkdir(parents=True)
-    (folder / "runner_cfg.json").write_text(json.dumps(cfg))
-    layer = {"architecture": architecture, "d_sae": row["d_sae"], "k": row["k"]}
-    (folder / "layer" / "cfg.json").write_text(json.dumps(layer))
-    results.write(folder / "results.json", results.Row(**row))
+    write_json(folder / "runner_cfg.json", TINY_RUN | what | {"seed": seed})
+    write_json(folder / "layer" / "cfg.json", what | {"d_sae": ROW["d_sae"]})
+    for stem, value in ({"results": ROW | what | {"seed": seed}} | files).items():
+        write_json(folder / f"{stem}.json", {"version": 1} | value)
     return folder
 
 
-def write_comparison(folder: Path) -> Path:
-    """A run and one beside it, in the folder of their comparison."""
-    run = write_run(folder / "mxd")
-    write_run(folder / "same", "topk_transcoder")
-    rows = [results.read(path, results.Row) for path in sorted(folder.glob("*/results.json"))]
-    results.write(folder / "results.json", results.Comparison(rows=rows))
-    (folder / COMPARISON_FILENAME).write_text("{}")
-    return run
+def write_comparison(folder: Path, *rows: dict[str, Any]) -> Path:
+    """The results of a comparison of such layers."""
+    write_json(folder / COMPARISON_FILENAME, {})
+    results = {"version": 1, "rows": [ROW | row for row in rows]}
+    write_json(folder / "results.json", results)
+    return folder / "results.json"
 
 
 close = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-11)
 close32 = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
+same = partial(torch.testing.assert_close, rtol=0, atol=0)
+"""Bit by bit."""
 
 SHAPE = {"d_in": 5, "d_out": 4, "d_hidden": 7, "d_sae": 11, "k": 3, "dtype": "float64"}
 MODEL_SHAPE = {"d_in": D_MODEL, "d_out": D_MODEL, "d_hidden": D_MLP, "d_sae": 40, "k": 4}
@@ -171,15 +175,6 @@ def substituted(
 
         hooks += [(hook_in, read), (hook_out, write)]
     return lm.run_with_hooks(tokens, fwd_hooks=hooks)
-
-
-def reading_model(request: Any, fixture: str) -> Any:
-    """A tiny model of conftest's, with a tokenizer."""
-    model = request.getfixturevalue(fixture)
-    if model.tokenizer is None:
-        folder = request.getfixturevalue("llama_folder")
-        model.set_tokenizer(AutoTokenizer.from_pretrained(folder))
-    return model
 
 
 def random_layer(architecture: str, model: Any = None, size: float = 0.5, **options: Any) -> SAE:

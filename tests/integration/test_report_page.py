@@ -7,6 +7,7 @@ import pytest
 
 from mxd_lens.report.page import write_comparison_page, write_report
 
+from ..helpers import write_comparison, write_run
 from ..unit import test_report as made
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -89,7 +90,7 @@ def driver():
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
-    run = made.write_comparison(tmp_path_factory.mktemp("report") / "compare")
+    run = made.write_whole(tmp_path_factory.mktemp("report") / "compare")
     return write_report(run).as_uri()
 
 
@@ -114,8 +115,8 @@ def page(driver, address):
 @pytest.fixture
 def comparison(driver, tmp_path):
     """The page of a comparison at one k, with experts of whom only contexts are known."""
-    results = made.write_rows(tmp_path, {}, {"architecture": "topk_transcoder"}, made.CONTROL)
-    made.write_run(tmp_path / "mxd", experts=made.UNDESCRIBED)
+    results = write_comparison(tmp_path, {}, {"architecture": "topk_transcoder"}, made.CONTROL)
+    write_run(tmp_path / "mxd", experts=made.UNDESCRIBED)
     write_comparison_page(results)
     yield from opened(driver, (tmp_path / "results.html").as_uri())
 

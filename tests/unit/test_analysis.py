@@ -1,6 +1,7 @@
 """The analyses of finished runs, on tiny models."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -25,42 +26,20 @@ from mxd_lens.runs.analyse import (
 )
 from mxd_lens.runs.train import train
 
-from ..helpers import letters
+from ..helpers import ANALYSES
 
 
 @pytest.fixture
-def runs(llama_folder, documents, make_config, tmp_path, one_thread):
+def runs(llama_folder, text, make_config, tmp_path):
     """A folder with three finished runs of a tiny model, a dense control's among them, and one
     that is not finished."""
-    text = tmp_path / "text.jsonl"
-    documents.to_json(text)
-    for architecture in ("mxd", "topk", "dense"):
-        folder = tmp_path / "runs" / architecture
-        common = {"model": str(llama_folder), "dataset": str(text), "output": str(folder)}
-        train(make_config(architecture=architecture, **common))
-    (tmp_path / "runs" / "unfinished").mkdir()
-    (tmp_path / "runs" / "unfinished" / "runner_cfg.json").write_text(
-        (tmp_path / "runs" / "mxd" / "runner_cfg.json").read_text()
-    )
-    return tmp_path / "runs"
-
-
-@pytest.fixture
-def labelled(tmp_path):
-    path = tmp_path / "labelled.jsonl"
-    animals = [f"the cat saw {'the ' * i}dog" for i in range(20)]
-    things = [f"one mat on {'a ' * i}mat" for i in range(20)]
-    rows = [{"text": t, "label": "animal"} for t in animals]
-    rows += [{"text": t, "label": "thing"} for t in things]
-    path.write_text("\n".join(map(json.dumps, rows)))
-    return str(path)
-
-
-@pytest.fixture
-def offline(monkeypatch):
-    """Sentence embeddings without a model."""
-    monkeypatch.setattr("mxd_lens.runs.analyse.embed", letters)
-    monkeypatch.setattr("mxd_lens.analysis.judge.embed", letters)
+    folder = tmp_path / "runs"
+    for name in ("mxd", "topk", "dense"):
+        common = {"model": str(llama_folder), "dataset": text, "output": str(folder / name)}
+        train(make_config(architecture=name, **common))
+    (folder / "unfinished").mkdir()
+    shutil.copy(folder / "mxd" / "runner_cfg.json", folder / "unfinished")
+    return folder
 
 
 class TestProbe:
@@ -73,11 +52,8 @@ class TestProbe:
         assert paths == [runs / "mxd" / "probe.json", runs / "topk" / "probe.json"]
         reports = [json.loads(path.read_text()) for path in paths]
         for report, name in zip(reports, ["mxd", "topk"], strict=True):
-            assert {row["architecture"] for row in report["summary"]} == {
-                name,
-                "neurons",
-                "majority",
-            }
+            probed = {row["architecture"] for row in report["summary"]}
+            assert probed == {name, "neurons", "majority"}
             assert {row["n_features"] for row in report["summary"]} == {0, 1, 2, 5, None}
 
         texts = load_labelled(config.data[0], n_texts=40)
@@ -129,11 +105,7 @@ class TestProbe:
         assert "dense is left out: a dense control has no experts" in capsys.readouterr().out
         assert not (runs / "dense" / "probe.json").exists()
         config.run = str(runs / "dense")
-        for analyse, cfg_class in (
-            (run_probe, ProbeConfig),
-            (run_experts, ExpertsConfig),
-            (run_steer, SteerConfig),
-        ):
+        for analyse, cfg_class in ANALYSES.values():
             with pytest.raises(ValueError, match="dense holds no layer with experts"):
                 analyse(cfg_class(run=config.run))
 
@@ -144,13 +116,14 @@ class TestProbe:
         config.run = str(tmp_path / "elsewhere")
         with pytest.raises(ValueError, match="neither a finished run nor a comparison"):
             run_probe(config)
+        with pytest.raises(SystemExit, match="holds neither a finished run nor a comparison"):
+            main(["evaluate", config.run, "--dataset", "demo:state-of-the-union"])
 
 
 class TestExperts:
     def test_every_live_expert_of_every_run(self, runs, offline):
-        paths = run_experts(
-            ExpertsConfig(run=str(runs), n_tokens=600, sample_tokens=4, prompt="the cat")
-        )
+        options = {"n_tokens": 600, "sample_tokens": 4, "prompt": "the cat"}
+        paths = run_experts(ExpertsConfig(run=str(runs), **options))
         assert paths == [runs / "mxd" / "experts.json", runs / "topk" / "experts.json"]
         for path, name in zip(paths, ["mxd", "topk"], strict=True):
             found = json.loads(path.read_text())
@@ -162,9 +135,8 @@ class TestExperts:
             assert len({expert["sample"] for expert in found["experts"]}) > 5
 
     def test_what_is_there_is_kept(self, runs, offline, monkeypatch):
-        config = ExpertsConfig(
-            run=str(runs / "mxd"), n_tokens=400, effect_strength=0, sample_strength=0
-        )
+        config = ExpertsConfig(run=str(runs / "mxd"), n_tokens=400)
+        config.effect_strength = config.sample_strength = 0
         (path,) = run_experts(config)
         found = path.read_text()
         assert json.loads(found)["experts"][0]["sample"] is None
@@ -175,10 +147,8 @@ class TestExperts:
             run_experts(config)
 
     def test_effects_and_samples_that_are_missing_are_made(self, runs, offline, monkeypatch):
-        config = ExpertsConfig(
-            run=str(runs / "mxd"), n_tokens=400, prompt="the cat", effect_strength=0
-        )
-        config.sample_strength = 0
+        config = ExpertsConfig(run=str(runs / "mxd"), n_tokens=400, prompt="the cat")
+        config.effect_strength = config.sample_strength = 0
 
         def described():
             (path,) = run_experts(config)
@@ -212,23 +182,16 @@ class TestExperts:
 class TestSteer:
     @pytest.fixture
     def config(self, runs):
-        return SteerConfig(
-            run=str(runs),
-            experts=[1, 5],
-            strengths=[0.5, 2.0],
-            n_samples=3,
-            sample_tokens=4,
-            prompt="the cat",
-        )
+        options = {"n_samples": 3, "sample_tokens": 4, "prompt": "the cat"}
+        return SteerConfig(run=str(runs), experts=[1, 5], strengths=[0.5, 2.0], **options)
 
     def test_all_layers_at_the_same_strengths(self, config, runs, offline):
         paths = run_steer(config)
         assert paths == [runs / "mxd" / "steering.json", runs / "topk" / "steering.json"]
         for path, name in zip(paths, ["mxd", "topk"], strict=True):
             rows = json.loads(path.read_text())["rows"]
-            assert [(row["architecture"], row["strength"], row["expert"]) for row in rows] == [
-                (name, strength, expert) for strength in (0.5, 2.0) for expert in (1, 5)
-            ]
+            found = [(row["architecture"], row["strength"], row["expert"]) for row in rows]
+            assert found == [(name, strength, i) for strength in (0.5, 2.0) for i in (1, 5)]
             assert all(len(row["samples"]) == 3 for row in rows)
             by_strength = [row["amount"] for row in rows if row["expert"] == 1]
             assert by_strength[1] == pytest.approx(4 * by_strength[0])
@@ -261,23 +224,3 @@ class TestSteer:
         sparsity[[2, 7]] = -1.0
         save_file({"sparsity": sparsity}, run.layer_path / SPARSITY_FILENAME)
         assert sorted(random_units(run, 4)) == [2, 7]
-
-
-def test_probe_experts_steer_and_report_from_the_shell(runs, labelled, offline, capsys):
-    run = runs / "mxd"
-    main(["evaluate", str(run), "--n_sequences", "4"])
-    main(["probe", str(run), "--data", labelled, "--n_texts", "40"])
-    assert "| neurons |" in capsys.readouterr().out
-    main(["experts", str(run), "--n_tokens", "400", "--sample_tokens", "3"])
-    assert "are meaningful" in capsys.readouterr().out
-    steering = ["--n_experts", "2", "--strengths", "1", "--n_samples", "2"]
-    steering += ["--sample_tokens", "3"]
-    main(["steer", str(run), *steering])
-    assert "| mxd | 1 | 2 |" in capsys.readouterr().out
-    main(["report", str(run)])
-    assert capsys.readouterr().out.strip() == str(run / "report.html")
-    assert "mxd-lens experts" not in (run / "report.html").read_text()
-    with pytest.raises(
-        SystemExit, match=r"experts.json was made with n_tokens=400, and this asks for n_tokens=401"
-    ):
-        main(["experts", str(run), "--n_tokens", "401"])

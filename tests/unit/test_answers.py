@@ -7,24 +7,16 @@ from typing import Any
 import pytest
 import torch
 from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
-from torch import Tensor
 
 from mxd_lens.layers import answers, architectures, config_class, label, layer_of, width_for
 from mxd_lens.layers.mlp import MLPShape, MLPWeights
 from mxd_lens.layers.sae import KNOWN, SAELensLayer
 from tests.conftest import randomise
 from tests.helpers import SPARSE, TRAINING, close, make_layer
-from tests.reference import steps
-
-pytestmark = pytest.mark.usefixtures("one_thread")
+from tests.reference import hidden, steps
 
 GPT2 = MLPShape(768, 768, 3072, "gelu_new", gated=False)
 SMOLLM2 = MLPShape(576, 576, 1536, "silu", gated=True)
-
-
-@pytest.fixture
-def x() -> Tensor:
-    return torch.randn(6, 5, dtype=torch.float64)
 
 
 class TestNames:
@@ -49,17 +41,18 @@ class TestNames:
 
 class TestWidth:
     def test_the_references_own_number(self):
-        assert width_for("mxd", GPT2, 32) == 21_490
+        assert width_for("mxd", GPT2, 32) == width_for("mxd_paper", GPT2, 32) == 21_490
 
     @pytest.mark.parametrize("name", sorted({*architectures()} - {"dense", "gated"}))
-    def test_real_parameter_counts_agree_within_a_thousandth(self, name):
-        units = 16 * SMOLLM2.d_in
-        transcoder = 2 * SMOLLM2.d_in * units + units + SMOLLM2.d_out
-        cfg: Any = {"d_in": SMOLLM2.d_in, "d_sae": width_for(name, SMOLLM2, 16), "device": "meta"}
+    @pytest.mark.parametrize("mlp", [GPT2, SMOLLM2])
+    def test_real_parameter_counts_agree_within_a_thousandth(self, name, mlp):
+        units = 16 * mlp.d_in
+        transcoder = 2 * mlp.d_in * units + units + mlp.d_out
+        cfg: Any = {"d_in": mlp.d_in, "d_sae": width_for(name, mlp, 16), "device": "meta"}
         if answers(name).reads_input:
-            cfg |= {"d_out": SMOLLM2.d_out}
+            cfg |= {"d_out": mlp.d_out}
         if "mxd" in name:
-            cfg |= {"d_hidden": SMOLLM2.d_hidden, "gated": True}
+            cfg |= {"d_hidden": mlp.d_hidden, "gated": mlp.gated}
         if "matryoshka" in name:
             cfg |= {"matryoshka_widths": [64, cfg["d_sae"]]}
         layer = answers(name).training_class()(config_class(name)(**cfg))
@@ -108,9 +101,10 @@ class TestOurs:
         if "paper" in kind:
             assert not changed
         elif "mxd" in kind:
-            copied = {"W_hidden", "b_hidden"} | {f"{n[0]}_hidden_gate" for n in gate}
-            assert changed == copied | {"gate_mean", "log_gate_scale"}
-            close(layer.W_hidden.data, W_in)
+            copied = {"W_hidden": W_in, "b_hidden": b_in}
+            copied |= {f"{name[0]}_hidden_gate": weight for name, weight in gate.items()}
+            assert changed == {*copied, "gate_mean", "log_gate_scale"}
+            close(layer.hidden(x), hidden(layer, copied, x, lambda _, t: t))
             close(layer.gate_mean, x.mean(0))
         else:
             assert changed == {"b_dec"}

@@ -10,13 +10,11 @@ from mxd_lens.runs.results import read_rows
 
 
 @pytest.fixture
-def run(llama_folder, documents, tmp_path, one_thread, capsys):
+def run(llama_folder, text, capsys):
     """``run(command, *arguments)``: what it printed."""
-    text = tmp_path / "text.jsonl"
-    documents.to_json(text)
-    common = ["--model", str(llama_folder), "--layer", "1", "--dataset", str(text)]
-    common += ["--training_tokens", "640", "--batch_size", "32", "--context_size", "8"]
-    common += ["--lm_batch_size", "4", "--heldout_documents", "40", "--device", "cpu"]
+    common = f"--model {llama_folder} --layer 1 --dataset {text} --training_tokens 640 "
+    common += "--batch_size 32 --context_size 8 --lm_batch_size 4 --heldout_documents 40 "
+    common = f"{common} --device cpu".split()
 
     def run(command: str, *arguments: str) -> str:
         main([command, *(common if command in ("train", "compare") else []), *arguments])
@@ -27,15 +25,11 @@ def run(llama_folder, documents, tmp_path, one_thread, capsys):
 
 def test_compare_then_evaluate_all_on_other_text(run, tmp_path):
     folder = tmp_path / "frontier"
-    arguments = ["--output", str(folder), "--expansion", "8", "--n_sequences", "4"]
-    arguments += ["--k", "2", "3", "--architectures", "topk_transcoder", "dense"]
-    table = run("compare", *arguments)
+    arguments = f"--output {folder} --expansion 8 --n_sequences 4 --k 2 3"
+    table = run("compare", *arguments.split(), "--architectures", "topk_transcoder", "dense")
     rows = read_rows(folder / "results.json")
-    assert [(row["architecture"], row["k"]) for row in rows] == [
-        ("topk_transcoder", 2),
-        ("topk_transcoder", 3),
-        ("dense", None),
-    ]
+    found = [(row["architecture"], row["k"]) for row in rows]
+    assert found == [("topk_transcoder", 2), ("topk_transcoder", 3), ("dense", None)]
     assert all(f"| {row['ce_increase']:.4f} |" in table for row in rows)
     page = (folder / "results.html").read_text()
     assert all(f"<td>{row['ce_increase']:.4f}</td>" in page for row in rows)
@@ -60,8 +54,7 @@ def test_compare_then_evaluate_all_on_other_text(run, tmp_path):
 
 def test_train_any_architecture_then_evaluate(run, tmp_path):
     folder = tmp_path / "sae"
-    arguments = ["--output", str(folder), "--architecture", "batchtopk", "--k", "3"]
-    arguments += ["--d_sae", "24"]
+    arguments = f"--output {folder} --architecture batchtopk --k 3 --d_sae 24".split()
     printed = run("train", *arguments)
     (row,) = read_rows(folder / "results.json")
     assert row["hook_name"] == row["hook_name_out"] == "blocks.1.mlp.hook_out"

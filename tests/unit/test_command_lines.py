@@ -9,14 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 
 import pytest
-import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from mxd_lens.cli import main
 
-from ..conftest import WORDS
-from ..helpers import letters
+from ..conftest import TINY_RUN, WORDS
 
 number = st.integers(-1, 40).map(str) | st.sampled_from(["", "x", "2.5", "nan", "1_0", "9" * 30])
 real = st.floats(-1, 4, width=16).map(str) | st.sampled_from(["x", "nan", "inf", "-inf", "1e-320"])
@@ -29,27 +27,20 @@ labelled = st.sampled_from(["labelled.csv", "lists.jsonl", "text.jsonl", "nothin
 architecture = st.sampled_from(["mxd", "mxd_paper", "topk", "topk_transcoder", "dense"])
 architecture |= st.sampled_from(["topk_skip_transcoder", "batchtopk_mxd", "batchtopk_transcoder"])
 architecture |= st.sampled_from(["batchtopk", "jumprelu", "standard", "relu", "mxd:paper", ""])
-sae_options = ["3", "{", "[]", "{}", '{"k": "three"}', '{"k": 2}', '{"d_sae": 0}']
-sae_options += [
-    '{"d_in": 3}',
-    '{"l0_coefficient": "x"}',
-    '{"l0_coefficient": 1}',
-    '{"dtype": "float16"}',
-]
-sae_options += ['{"dtype": "x"}', '{"aux_loss_coefficient": -1}', '{"d_hidden": 7}']
+sae_options = ["3", "{", "[]", "{}", '{"k": "three"}', '{"k": 2}', '{"d_sae": 0}', '{"d_in": 3}']
+sae_options += ['{"l0_coefficient": "x"}', '{"l0_coefficient": 1}', '{"aux_loss_coefficient": -1}']
+sae_options += ['{"dtype": "float16"}', '{"dtype": "x"}', '{"d_hidden": 7}']
 
-RUN = {
-    "layer": number,
+SOURCE = {
     "dataset": text,
-    "expansion": number,
-    "training_tokens": st.integers(-1, 200).map(str),
-    "batch_size": number,
-    "context_size": number,
-    "lm_batch_size": number,
-    "heldout_documents": number,
-    "text_column": column,
     "dataset_split": st.sampled_from(["train", "test", ""]),
+    "text_column": column,
     "streaming": yes_or_no,
+}
+SIZES = ("layer", "expansion", "batch_size", "context_size", "lm_batch_size", "heldout_documents")
+RUN = SOURCE | {
+    **dict.fromkeys(SIZES, number),
+    "training_tokens": st.integers(-1, 200).map(str),
     "model_class": st.sampled_from(["TransformerBridge", "HookedTransformer", "x"]),
     "autocast": yes_or_no,
     "device": st.sampled_from(["cpu", "meta", "quantum", "cuda:99", "cpu:x", ""]),
@@ -58,15 +49,11 @@ RUN = {
     "config_path": st.sampled_from(["text.txt", "own.yaml", "wrong.yaml", "nothing.yaml"]),
 }
 TRAIN = RUN | {
+    **dict.fromkeys(["k", "d_sae", "lr_warm_up_steps", "lr_decay_steps", "seed"], number),
     "architecture": architecture,
-    "k": number,
-    "d_sae": number,
     "lr": real,
     "sae_options": st.sampled_from(sae_options),
-    "lr_warm_up_steps": number,
-    "lr_decay_steps": number,
     "activations": st.sampled_from(["out/activations", "text.txt", ""]),
-    "seed": number,
 }
 COMPARE = RUN | {
     "architectures": st.lists(architecture, max_size=2),
@@ -75,7 +62,6 @@ COMPARE = RUN | {
     "n_sequences": number,
     "probe": labelled,
 }
-SOURCE = {name: RUN[name] for name in ("dataset", "dataset_split", "text_column", "streaming")}
 SAMPLING = {
     "prompt": st.sampled_from(["the cat", "", "</s>", "dog " * 40]),
     "sample_tokens": number,
@@ -136,18 +122,9 @@ def no_hang(seconds: int) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-SMALL = {
-    "model": "models",
-    "layer": "1",
-    "dataset": "text.jsonl",
-    "training_tokens": "64",
-    "batch_size": "32",
-    "context_size": "8",
-    "lm_batch_size": "4",
-    "heldout_documents": "20",
-    "device": "cpu",
-    "output": "out",
-}
+SMALL = {name: str(value) for name, value in TINY_RUN.items()}
+SMALL |= {"model": "models", "dataset": "text.jsonl", "output": "out"}
+SMALL |= {"training_tokens": "64", "heldout_documents": "20"}
 COMPARED = {"architectures": ["topk"], "k": ["2"], "expansion": "8", "n_sequences": "4"}
 
 
@@ -160,7 +137,7 @@ def options(values: dict[str, str | list[str]]) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def folder(llama_folder, tmp_path_factory):
+def folder(llama_folder, tmp_path_factory, offline):
     """The current directory: a model, texts, labelled texts, and a finished comparison."""
     folder = tmp_path_factory.mktemp("commands")
     shutil.copytree(llama_folder, folder / "models")
@@ -183,15 +160,10 @@ def folder(llama_folder, tmp_path_factory):
     lists = [json.dumps({"text": text, "label": ["a"]}) for text in documents]
     (folder / "lists.jsonl").write_text("\n".join(lists))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mxd_lens.runs.analyse.embed", letters)
-        patch.setattr("mxd_lens.analysis.judge.embed", letters)
         patch.chdir(folder)
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
         several = {"architectures": ["mxd", "topk", "dense"], "output": "finished"}
         main(["compare", *options(SMALL | COMPARED | several)])
         yield folder
-        torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -224,73 +196,43 @@ def attempt(folder):
     return attempt
 
 
-@pytest.fixture(scope="module")
-def analyse(attempt):
-    """``attempt``, with a finished comparison in ``out``."""
-
-    def analyse(results: str, *arguments: str) -> None:
-        shutil.copytree("finished", "out")
-        try:
-            attempt(results, *arguments)
-        finally:
-            shutil.rmtree("out")
-
-    return analyse
-
-
-def examples(n: int):
-    phases = [Phase.generate, Phase.shrink]  # explaining traces every line
-    return settings(max_examples=n, deadline=None, derandomize=True, database=None, phases=phases)
-
-
 RUNS = st.sampled_from(["out", "out/mxd-k2-seed0", "out/topk-k2-seed0", "out/dense-seed0"])
 RUNS |= st.sampled_from(["nowhere", "text.txt"])
+SAMPLED = {"sample_tokens": "3", "n_samples": "2", "strengths": ["1"], "experts": ["1"]}
+COMMANDS = {
+    "train": (45, TRAIN, SMALL | {"k": "2", "d_sae": "12"}, "results.json"),
+    "compare": (30, COMPARE, SMALL | COMPARED, "results.json"),
+    "evaluate": (25, EVALUATE, {"dataset": "short.txt", "n_sequences": "4"}, "**/results-*.html"),
+    "probe": (
+        *(25, PROBE),
+        {"data": ["labelled.csv"], "n_texts": "20", "n_splits": "1"},
+        "*/probe.json",
+    ),
+    "experts": (
+        *(25, EXPERTS),
+        {"n_tokens": "300", "effect_strength": "0", "sample_tokens": "2"},
+        "*/experts.json",
+    ),
+    "steer": (25, STEER, SAMPLED, "*/steering.json"),
+    "report": (5, {"k": number}, {}, "*/report.html"),
+}
+"""How often it is tried, options, what they are else, and the results of a success."""
 
 
-@examples(45)
-@given(values=some_of(TRAIN))
-def test_train(attempt, values):
-    values = SMALL | {"k": "2", "d_sae": "12"} | values
-    attempt("results.json", "train", *options(values))
-    shutil.rmtree("out", ignore_errors=True)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_whatever_is_asked(attempt, command):
+    n, possible, usual, results = COMMANDS[command]
+    phases = [Phase.generate, Phase.shrink]  # explaining traces every line
+    reads_runs = command not in ("train", "compare")
 
+    @settings(max_examples=n, deadline=None, derandomize=True, database=None, phases=phases)
+    @given(run=RUNS if reads_runs else st.none(), values=some_of(possible))
+    def ask(run, values):
+        if reads_runs:
+            shutil.copytree("finished", "out")
+        try:
+            attempt(results, command, *([run] if reads_runs else []), *options(usual | values))
+        finally:
+            shutil.rmtree("out", ignore_errors=True)
 
-@examples(30)
-@given(values=some_of(COMPARE))
-def test_compare(attempt, values):
-    attempt("results.json", "compare", *options(SMALL | COMPARED | values))
-    shutil.rmtree("out", ignore_errors=True)
-
-
-@examples(25)
-@given(run=RUNS, values=some_of(EVALUATE))
-def test_evaluate(analyse, run, values):
-    values = {"dataset": "short.txt", "n_sequences": "4"} | values
-    analyse("**/results-*.html", "evaluate", run, *options(values))
-
-
-@examples(25)
-@given(run=RUNS, values=some_of(PROBE))
-def test_probe(analyse, run, values):
-    values = {"data": ["labelled.csv"], "n_texts": "20", "n_splits": "1"} | values
-    analyse("*/probe.json", "probe", run, *options(values))
-
-
-@examples(25)
-@given(run=RUNS, values=some_of(EXPERTS))
-def test_experts(analyse, run, values):
-    values = {"n_tokens": "300", "effect_strength": "0", "sample_tokens": "2"} | values
-    analyse("*/experts.json", "experts", run, *options(values))
-
-
-@examples(25)
-@given(run=RUNS, values=some_of(STEER))
-def test_steer(analyse, run, values):
-    values = {"n_samples": "2", "sample_tokens": "3", "strengths": ["1"], "experts": ["1"]} | values
-    analyse("*/steering.json", "steer", run, *options(values))
-
-
-@examples(5)
-@given(run=RUNS, k=number)
-def test_report(analyse, run, k):
-    analyse("*/report.html", "report", run, "--k", k)
+    ask()

@@ -8,8 +8,7 @@ import pytest
 import torch
 from sae_lens import SAE
 
-from mxd_lens import CompareConfig, compare, evaluate
-from mxd_lens.cli import main
+from mxd_lens import compare, evaluate, train
 from mxd_lens.data.activations import activations_store, cache_pairs, cached_pairs, stored_pairs
 from mxd_lens.models.site import Site
 from mxd_lens.report.page import write_comparison_page
@@ -17,17 +16,7 @@ from mxd_lens.runs.compare import COMPARED
 from mxd_lens.runs.results import read_rows
 from mxd_lens.runs.train import Interrupted
 
-from ..conftest import TINY_RUN
 from ..helpers import STORE
-
-
-@pytest.fixture
-def make_compare(tmp_path):
-    def make(**fields):
-        defaults = {"output": str(tmp_path / "compare"), "k": [2, 3], "n_sequences": 4}
-        return CompareConfig(**(TINY_RUN | defaults | fields))
-
-    return make
 
 
 @pytest.fixture
@@ -90,13 +79,37 @@ class TestCachedActivations:
         with pytest.raises(ValueError, match="made with model='tiny', and this asks for"):
             fill(50, source={"model": "large"})
 
+    @pytest.mark.parametrize("n_tokens", [60, 200])
+    def test_zeros_and_swapped_rows_are_not_trained_on(self, fill, n_tokens):
+        pairs = fill(60) / "pairs.bin"
+        good = pairs.read_bytes()
+        half = len(good) // 2
+        for bad in (bytes(len(good)), good[half:] + good[:half], good[:-1]):
+            pairs.write_bytes(bad)
+            with pytest.raises(ValueError, match="are damaged"):
+                fill(n_tokens)
+        pairs.write_bytes(good)
+        fill(n_tokens)
+
+    def test_what_a_kill_leaves_behind_the_last_row_is_not_counted(self, fill):
+        with (fill(60) / "pairs.bin").open("ab") as file:
+            file.write(b"half a row")
+        assert torch.equal(stored_pairs(fill(200), 200), stored_pairs(fill(200, "whole"), 200))
+
+    def test_a_layer_is_not_taken_for_them(self, tiny_bridge, documents, make_config):
+        cfg = make_config()
+        train(cfg, tiny_bridge, documents)
+        other = make_config(output=cfg.output + "2", activations=str(cfg.layer_path))
+        with pytest.raises(ValueError, match="something else than cached activations"):
+            train(other, tiny_bridge, documents)
+
     def test_more_than_there_are(self, fill):
         with pytest.raises(ValueError, match="does not hold the activations of 5,000 tokens"):
             stored_pairs(fill(50), 5_000)
 
 
 def test_an_interrupted_comparison_equals_an_undisturbed_one(
-    make_compare, tiny_bridge, documents, at_step, tmp_path, one_thread
+    make_compare, tiny_bridge, documents, at_step, tmp_path
 ):
     whole = compare(make_compare(output=str(tmp_path / "whole")), tiny_bridge, documents)
     sparse = COMPARED[:-1]
@@ -135,12 +148,15 @@ def test_an_interrupted_comparison_equals_an_undisturbed_one(
 
 
 def test_a_finished_comparison_is_only_read(make_compare, tiny_bridge, documents, at_step):
-    cfg = make_compare(architectures=["topk_transcoder"], k=[2])
+    one = {"architectures": ["topk_transcoder"], "k": [2]}
+    cfg = make_compare(**one)
     rows = compare(cfg, tiny_bridge, documents)
     with at_step(0, lambda: pytest.fail("trained again")):
         assert compare(cfg) == rows
-    with pytest.raises(ValueError, match="made with expansion=16, and this asks for expansion=8"):
-        compare(make_compare(architectures=["topk_transcoder"], k=[2], expansion=8), tiny_bridge)
+    for name, before, now in (("expansion", 16, 8), ("n_sequences", 4, 8)):
+        asked = make_compare(**one | {"k": [3], name: now})
+        with pytest.raises(ValueError, match=f"made with {name}={before}, and this asks for"):
+            compare(asked, tiny_bridge, documents)
 
 
 def test_an_architecture_without_k_has_a_folder_for_each_seed(make_compare):
@@ -171,13 +187,3 @@ def test_a_row_is_what_the_saved_layer_does(make_compare, tiny_bridge, documents
         layer = SAE.load_from_disk(run.layer_path)
         again, _ = evaluate(tiny_bridge, layer, held_out, n_sequences=4)
         assert {name: row[name] for name in again} == pytest.approx(again)
-
-
-def test_no_such_architecture(make_compare):
-    with pytest.raises(ValueError, match="unknown architecture 'tanscoder'"):
-        make_compare(architectures=["tanscoder"])
-
-
-def test_evaluating_an_empty_folder(tmp_path):
-    with pytest.raises(SystemExit, match="holds neither a finished run nor a comparison"):
-        main(["evaluate", str(tmp_path), "--dataset", "demo:state-of-the-union"])

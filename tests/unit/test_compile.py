@@ -5,8 +5,6 @@ import torch
 
 from tests.helpers import INFERENCE, RAGGED, TRAINING, make_layer, training_step
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 INFERENCE = [kind for kind in INFERENCE if kind not in RAGGED]  # whose shapes depend on the data
 TRAINING = [kind for kind in TRAINING if kind not in RAGGED]
 

@@ -4,31 +4,26 @@ to it has the effect that it has on the plain form."""
 from __future__ import annotations
 
 import copy
-import json
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from sae_lens import SAE, HookedSAETransformer, StandardSAE, StandardSAEConfig
+from sae_lens import HookedSAETransformer, StandardSAE, StandardSAEConfig
 from sae_lens.saes.sae import SAEMetadata, TrainStepInput
 from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from transformer_lens.hook_points import HookPoint
 
-from mxd_lens.layers.base import PairLayer
 from mxd_lens.layers.sae import SparseTopKTrainingSAE
 from mxd_lens.models.splice import splice
 from tests.conftest import D_MLP, D_MODEL, N_LAYERS, randomise
 from tests.helpers import (
-    INFERENCE,
     KINDS,
     MODEL_SHAPE,
-    RAGGED,
     SPARSE,
     TRAINING,
     close,
@@ -38,24 +33,12 @@ from tests.helpers import (
 )
 from tests.reference import Edit, at, reference, steps
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 GATE = ["hook_sae_acts_pre", "hook_sae_acts_post"]
 
 
 def shifted(t: Tensor, hook: Any = None) -> Tensor:
     """An edit that shows at every unit."""
     return 1.5 * t + 0.2
-
-
-@pytest.fixture(params=KINDS)
-def kind(request) -> str:
-    return request.param
-
-
-@pytest.fixture
-def layer(kind) -> Any:
-    return make_layer(kind)
 
 
 @pytest.fixture
@@ -68,98 +51,53 @@ class Shifting(nn.Module):
         return shifted(t)
 
 
-# Ways to edit what passes a hook point: each changes it, and gives what undoes that.
-
-Undo = Callable[[], Any]
-
-
-def _add_hook(layer: Any, name: str, **options: Any) -> Undo:
-    point = getattr(layer, name)
-    point.add_hook(shifted, **options)
-    return lambda: point.remove_hooks(including_permanent=True)
-
-
-def _hooks(layer: Any, name: str) -> Undo:
-    stack = ExitStack()
-    stack.enter_context(layer.hooks(fwd_hooks=[(name, shifted)]))
-    return stack.close
-
-
-def _patched(target: Any, name: str, value: Any) -> Undo:
-    patch = pytest.MonkeyPatch()
-    (patch.setitem if isinstance(target, dict) else patch.setattr)(target, name, value)
-    return patch.undo
-
-
-def _patched_class(layer: Any, name: str) -> Undo:
-    point = getattr(layer, name)
-    return _patched(HookPoint, "forward", lambda self, t: shifted(t) if self is point else t)
-
-
-def _global(register: Callable) -> Callable[[Any, str], Undo]:
-    def edit(layer: Any, name: str) -> Undo:
-        point = getattr(layer, name)
-        # a pre-hook has the inputs last, a forward hook the output
-        return register(lambda m, *t: shifted(_last(t)) if m is point else None).remove
-
-    return edit
-
-
-def _last(t: Any) -> Tensor:
-    return t if isinstance(t, Tensor) else _last(t[-1])
-
-
-EDITS: dict[str, Callable[[Any, str], Undo]] = {
-    "forward_hook": lambda layer, name: (
-        getattr(layer, name).register_forward_hook(lambda m, i, out: shifted(out)).remove
-    ),
-    "forward_pre_hook": lambda layer, name: (
-        getattr(layer, name).register_forward_pre_hook(lambda m, i: shifted(*i)).remove
-    ),
-    "global_forward_hook": _global(torch_module.register_module_forward_hook),
-    "global_forward_pre_hook": _global(torch_module.register_module_forward_pre_hook),
-    "add_hook": _add_hook,
-    "perma_hook": lambda layer, name: _add_hook(layer, name, is_permanent=True),
-    "hooks": _hooks,
-    "patched_instance": lambda layer, name: _patched(getattr(layer, name), "forward", shifted),
-    "patched_class": _patched_class,
-    "another_module": lambda layer, name: _patched(layer._modules, name, Shifting()),
+REGISTER: dict[str, Callable[[HookPoint, Callable], Any]] = {
+    "forward_hook": HookPoint.register_forward_hook,
+    "forward_pre_hook": HookPoint.register_forward_pre_hook,
+    "global_forward_hook": lambda _, hook: torch_module.register_module_forward_hook(hook),
+    "global_forward_pre_hook": lambda _, hook: torch_module.register_module_forward_pre_hook(hook),
 }
+REGISTER_BACKWARD: dict[str, Callable[[HookPoint, Callable], Any]] = {
+    "hook": HookPoint.register_full_backward_hook,
+    "pre_hook": HookPoint.register_full_backward_pre_hook,
+    "global_hook": lambda _, hook: torch_module.register_module_full_backward_hook(hook),
+    "global_pre_hook": lambda _, hook: torch_module.register_module_full_backward_pre_hook(hook),
+}
+"""PyTorch's ways to hook a module; the last of what a hook is called with is what passes."""
+EDITS = [*REGISTER, "add_hook", "perma_hook", "hooks", "patched_instance", "patched_class"]
+EDITS += ["another_module"]
+
+
+def last(t: Any) -> Tensor:
+    return t if isinstance(t, Tensor) else last(t[-1])
 
 
 @contextmanager
 def edited(layer: Any, name: str, way: str) -> Iterator[None]:
-    undo = EDITS[way](layer, name)
-    try:
+    """What passes a hook point is shifted, in one of the EDITS."""
+    point = getattr(layer, name)
+
+    def hook(module: nn.Module, *t: Any) -> Tensor | None:
+        return shifted(last(t)) if module is point else None
+
+    def forward(self: nn.Module, t: Tensor) -> Tensor:
+        return shifted(t) if self is point else t
+
+    with ExitStack() as undo, pytest.MonkeyPatch.context() as patch:
+        if way in REGISTER:
+            undo.callback(REGISTER[way](point, hook).remove)
+        elif way in ("add_hook", "perma_hook"):
+            point.add_hook(shifted, is_permanent=way == "perma_hook")
+            undo.callback(point.remove_hooks, including_permanent=True)
+        elif way == "hooks":
+            undo.enter_context(layer.hooks(fwd_hooks=[(name, shifted)]))
+        elif way == "another_module":
+            patch.setitem(layer._modules, name, Shifting())
+        elif way == "patched_instance":
+            patch.setattr(point, "forward", shifted)
+        else:
+            patch.setattr(HookPoint, "forward", forward)
         yield
-    finally:
-        undo()
-
-
-# Ways to see the gradient that passes a hook point.
-
-
-def _global_backward(register: Callable) -> Callable[[Any, list], Any]:
-    return lambda point, seen: register(
-        lambda m, *grads: seen.append(_last(grads)) if m is point else None
-    )
-
-
-GRADIENTS: dict[str, Callable[[Any, list], Any]] = {
-    "backward_hook": lambda point, seen: point.register_full_backward_hook(
-        lambda m, i, out: seen.append(out[0])
-    ),
-    "backward_pre_hook": lambda point, seen: point.register_full_backward_pre_hook(
-        lambda m, out: seen.append(out[0])
-    ),
-    "global_backward_hook": _global_backward(torch_module.register_module_full_backward_hook),
-    "global_backward_pre_hook": _global_backward(
-        torch_module.register_module_full_backward_pre_hook
-    ),
-    "bwd_hook": lambda point, seen: point.add_hook(
-        lambda grad, hook: seen.append(_last(grad)), dir="bwd"
-    ),
-}
 
 
 @pytest.mark.parametrize("name", GATE)
@@ -173,15 +111,20 @@ class TestHooks:
             close(layer(x), expected)
         close(layer(x), reference(layer, x))
 
-    @pytest.mark.parametrize("way", GRADIENTS)
+    @pytest.mark.parametrize("way", REGISTER_BACKWARD)
     def test_every_way_to_see_the_gradient_sees_it(self, layer, x, way, name):
-        terms = steps(layer, x)
+        terms, point = steps(layer, x), getattr(layer, name)
         (expected,) = torch.autograd.grad(terms["hook_out"].sum(), terms[name])
         assert expected.abs().max() > 0.01
         seen: list[Tensor] = []
-        handle = GRADIENTS[way](getattr(layer, name), seen)
+
+        def hook(module: nn.Module, *grads: Any) -> None:
+            if module is point:
+                seen.append(last(grads))
+
+        handle = REGISTER_BACKWARD[way](point, hook)
         layer(x).sum().backward()
-        getattr(handle, "remove", lambda: None)()
+        handle.remove()
         assert len(seen) == 1
         close(seen[0], expected)
 
@@ -268,10 +211,6 @@ class InPlace(nn.Module):
 
 
 class TestInAModel:
-    @pytest.fixture(params=["tiny_hooked", "tiny_bridge"])
-    def lm(self, request) -> Any:
-        return request.getfixturevalue(request.param)
-
     @pytest.fixture(params=["mxd", "topk_skip_transcoder", "training_mxd", "jumprelu_mxd"])
     def layer(self, request) -> Any:
         return make_layer(request.param, 0.3, **MODEL_SHAPE)
@@ -408,7 +347,10 @@ def test_what_only_an_sae_can_fold_is_refused(layer, fold, arguments):
 
 class TestCopies:
     def test_a_deep_copy_is_independent(self, layer, x):
+        acts = layer.encode(x.requires_grad_())  # whose input is not taken along
         twin, expected = copy.deepcopy(layer), layer(x)
+        assert twin._to_decode is None
+        close(layer.decode(acts), expected)
         layer.to(torch.float32)
         assert twin.cfg.dtype == "float64" and torch.equal(twin(x), expected)
 
@@ -420,12 +362,6 @@ class TestCopies:
         assert torch.equal(twin(x), layer(x)) and torch.equal(y, expected)
         for name in {"hook_sae_input", *GATE} & theirs.keys():
             assert torch.equal(cache[name], theirs[name])
-
-    def test_a_state_dict_on_disk(self, kind, layer, x, tmp_path):
-        torch.save(layer.state_dict(), tmp_path / "layer.pt")
-        twin = make_layer(kind)
-        twin.load_state_dict(torch.load(tmp_path / "layer.pt"))
-        assert torch.equal(twin(x), layer(x))
 
     def test_assigned_weights_bring_their_dtype(self, kind, layer, x):
         twin = make_layer(kind, dtype="float32")
@@ -442,46 +378,3 @@ class TestCopies:
     def test_to_of_a_tensor(self, layer):
         layer.to(torch.zeros(1, dtype=torch.bfloat16))
         assert layer.cfg.dtype == "bfloat16" and layer.W_dec.dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("kind", [*INFERENCE, *(kind for kind in TRAINING if kind not in RAGGED)])
-class TestDisk:
-    @staticmethod
-    def saved(layer: Any, folder: Path) -> Any:
-        """A layer's file for inference; the layer as it is in there."""
-        if hasattr(layer, "save_inference_model"):
-            layer.save_inference_model(folder)
-            return layer.to_inference()
-        layer.save_model(folder)
-        return layer
-
-    @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
-    def test_a_cast_layer_comes_back_as_it_was(self, kind, tmp_path, dtype):
-        layer = make_layer(kind, dtype="float32")
-        nn.Sequential(layer).to(getattr(torch, dtype))  # not the layer's own .to()
-        expected, x = self.saved(layer, tmp_path), torch.randn(5, 5)
-        assert json.loads((tmp_path / "cfg.json").read_text())["dtype"] == dtype
-        loaded = SAE.load_from_disk(tmp_path)
-        assert loaded.cfg.dtype == expected.cfg.dtype == dtype
-        assert loaded.W_dec.dtype == getattr(torch, dtype)
-        assert torch.equal(loaded(x), expected(x))
-
-    @pytest.mark.parametrize(("before", "after"), [("float32", "float64"), ("float64", "float32")])
-    def test_loaded_in_another_dtype(self, kind, tmp_path, before, after):
-        layer, x = make_layer(kind, dtype=before), torch.randn(5, 5)
-        self.saved(layer, tmp_path)
-        loaded = SAE.load_from_disk(tmp_path, dtype=after)
-        assert loaded.cfg.dtype == after and loaded.W_dec.dtype == getattr(torch, after)
-        close32(loaded(x), layer(x))
-
-    def test_a_loader_that_does_not_cast(self, kind, tmp_path):
-        """As SAELens lets one bring."""
-        inference = self.saved(make_layer(kind), tmp_path)
-
-        def converter(path: Path, device: str, cfg_overrides: Any) -> tuple[dict, dict]:
-            weights = {name: p.detach() for name, p in inference.state_dict().items()}
-            return inference.cfg.to_dict() | (cfg_overrides or {}), weights
-
-        loaded = SAE.load_from_disk(tmp_path, dtype="bfloat16", converter=converter)
-        assert isinstance(loaded, PairLayer)
-        assert loaded.cfg.dtype == "bfloat16" and loaded.W_dec.dtype == torch.bfloat16

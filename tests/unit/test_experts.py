@@ -34,16 +34,10 @@ from mxd_lens.layers import layer_of
 from mxd_lens.models.site import Site
 
 from ..conftest import D_MLP, D_MODEL, N_VOCAB, WORDS
-from ..helpers import random_layer, reading_model
-
-pytestmark = pytest.mark.usefixtures("one_thread")
+from ..helpers import random_layer
 
 BOS, N_CTX = 1, 14
-
-
-@pytest.fixture(params=["tiny_hooked", "tiny_bridge", "tiny_bridge_gpt2"])
-def model(request):
-    return reading_model(request, request.param)
+MODELS = ["tiny_hooked", "tiny_bridge", "tiny_bridge_gpt2"]
 
 
 @pytest.fixture
@@ -73,7 +67,9 @@ def dense(model, sae, texts):
 
 
 @pytest.mark.parametrize("kind", ["mxd", "jumprelu_mxd", "topk_skip_transcoder", "standard"])
-def test_report_agrees_with_dense_activations(model, kind, documents):
+@pytest.mark.parametrize("lm", MODELS, indirect=True)
+def test_report_agrees_with_dense_activations(lm, kind, documents):
+    model = lm
     sae = random_layer(kind, model)
     texts = documents["text"][:60]
     options = {"context_size": N_CTX, "lm_batch_size": 7, "embed": bag_of_words}
@@ -331,8 +327,9 @@ def manual_agreement(changes, typical):
     return [(row < row[i]).sum() / (len(row) - 1) for i, row in enumerate(scores)]
 
 
-def test_promoted_tokens_are_those_of_plain_passes(model, documents):
-    site = Site.at(model, 1)
+@pytest.mark.parametrize("lm", MODELS, indirect=True)
+def test_promoted_tokens_are_those_of_plain_passes(lm, documents):
+    model, site = lm, Site.at(lm, 1)
     top, firings, corpus = with_contexts(site, random_layer("mxd", model), documents)
     directions = torch.randn(len(top), D_MODEL)
     tokens = torch.tensor([[BOS, 5, 6, 7]])

@@ -17,7 +17,7 @@ from mxd_lens.layers.mxd import MxD
 from mxd_lens.models.site import Site
 from mxd_lens.models.splice import splice
 
-from ..helpers import random_layer
+from ..helpers import STORE, random_layer
 
 OF_EXPERTS = ("l0", "alive_fraction", "always_on", "experts_cosine")
 OF_GATE = ("ce_mean_gate", "ce_shuffled_gate", "ce_shuffled_gate_matched")
@@ -48,9 +48,7 @@ def test_measurements_are_those_of_plain_passes(tiny_bridge, heldout, name):
     row, density = evaluate(tiny_bridge, sae, heldout, **options)
     read = read_heldout(site, heldout, context_size=8, device="cpu", **options)
     assert evaluate(tiny_bridge, sae, read)[0] == evaluate(tiny_bridge, sae, read)[0] == row
-    store = {"context_size": 8, "batch_size": 32, "lm_batch_size": 4}
-    store |= {"device": "cpu", "autocast_lm": False}
-    tokens = activations_store(site, heldout, **store).get_batch_tokens()
+    tokens = activations_store(site, heldout, **STORE).get_batch_tokens()
     ordinary = tokens > 2
     predicted = ordinary[:, 1:]
     assert not ordinary.all()

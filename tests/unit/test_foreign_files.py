@@ -9,25 +9,18 @@ from safetensors.torch import save_file
 
 from mxd_lens import CompareConfig, compare, train, write_report
 from mxd_lens.cli import main
-from mxd_lens.runs.analyse import (
-    ExpertsConfig,
-    ProbeConfig,
-    SteerConfig,
-    run_experts,
-    run_probe,
-    run_steer,
-)
+from mxd_lens.runs.analyse import SteerConfig, run_steer
 from mxd_lens.runs.config import finished_runs
 
 from ..conftest import TINY_RUN
-from ..helpers import write_comparison, write_run
+from ..helpers import ANALYSES, write_comparison, write_run
 
 FOREIGN = ["[]", "{}", "3", '{"a": 1}', '[{"a": 1}]', "null", '{"version": 1}']
 OLDER = '{"version": 0}'
 
 
 @pytest.fixture
-def run(tiny_bridge, documents, make_config, one_thread):
+def run(tiny_bridge, documents, make_config):
     """The folder of a run that is trained and not measured."""
     cfg = make_config(architecture="topk")
     train(cfg, tiny_bridge, documents)
@@ -35,12 +28,15 @@ def run(tiny_bridge, documents, make_config, one_thread):
 
 
 class TestReport:
-    @pytest.mark.parametrize("content", FOREIGN)
+    @pytest.mark.parametrize("content", [*FOREIGN, OLDER])
     @pytest.mark.parametrize("name", ["results", "experts", "probe", "steering"])
     def test_a_file_of_the_run(self, tmp_path, name, content):
         run = write_run(tmp_path / "run")
         (run / f"{name}.json").write_text(content)
-        with pytest.raises(ValueError, match=rf"{name}\.json is not what mxd-lens writes there"):
+        said = "not what mxd-lens writes there"
+        if content == OLDER:
+            said += ".*version=0, this mxd-lens reads 1"
+        with pytest.raises(ValueError, match=rf"{name}\.json is {said}"):
             write_report(run)
 
     @pytest.mark.parametrize("content", ["[]", "{}", "3", '{"a": 1}'])
@@ -50,41 +46,31 @@ class TestReport:
         with pytest.raises(SystemExit, match=r"runner_cfg\.json is not "):
             main(["report", str(run)])
 
-    @pytest.mark.parametrize("name", ["results", "experts", "probe", "steering"])
-    def test_a_file_of_another_version(self, tmp_path, name):
+    @pytest.mark.parametrize("name", ["results", "same/results"])
+    @pytest.mark.parametrize("content", ["[]", "3", '[{"a": 1}]'])
+    def test_a_file_of_the_comparison(self, tmp_path, name, content):
+        run = write_run(tmp_path / "mxd")
+        write_run(tmp_path / "same", "topk_transcoder")
+        write_comparison(tmp_path, {}, {"architecture": "topk_transcoder"})
+        (tmp_path / f"{name}.json").write_text(content)
+        with pytest.raises(ValueError, match=rf"{name}\.json is not what mxd-lens writes there"):
+            write_report(run)
+
+    def test_a_file_that_is_cut_off(self, tmp_path):
         run = write_run(tmp_path / "run")
-        (run / f"{name}.json").write_text(OLDER)
-        with pytest.raises(ValueError, match=rf"{name}\.json .*version=0, this mxd-lens reads 1"):
-            write_report(run)
-
-    @pytest.mark.parametrize("content", ["3", '[{"a": 1}]'])
-    def test_the_comparisons_results(self, tmp_path, content):
-        run = write_comparison(tmp_path)
-        (tmp_path / "results.json").write_text(content)
-        with pytest.raises(ValueError, match=r"results\.json is not what mxd-lens writes there"):
-            write_report(run)
-
-    def test_a_file_beside_it(self, tmp_path):
-        run = write_comparison(tmp_path)
-        (tmp_path / "same" / "results.json").write_text("[]")
-        with pytest.raises(ValueError, match=r"same/results\.json is not what mxd-lens writes"):
+        (run / "experts.json").write_text('{"texts": [')
+        with pytest.raises(ValueError, match=r"experts\.json is not JSON"):
             write_report(run)
 
 
 class TestAnalyses:
     @pytest.mark.parametrize("content", [*FOREIGN, OLDER])
-    @pytest.mark.parametrize(
-        ("name", "cfg_class", "analyse"),
-        [
-            ("probe", ProbeConfig, run_probe),
-            ("experts", ExpertsConfig, run_experts),
-            ("steering", SteerConfig, run_steer),
-        ],
-    )
-    def test_a_file_where_theirs_goes(self, tmp_path, name, cfg_class, analyse, content):
+    @pytest.mark.parametrize("name", ANALYSES)
+    def test_a_file_where_theirs_goes(self, tmp_path, name, content):
         run = write_run(tmp_path / "run", "topk")
         save_file({"sparsity": torch.zeros(12)}, run / "layer" / SPARSITY_FILENAME)
         (run / f"{name}.json").write_text(content)
+        analyse, cfg_class = ANALYSES[name]
         with pytest.raises(ValueError, match=rf"{name}\.json is not what mxd-lens writes there"):
             analyse(cfg_class(run=str(run)))
 
@@ -103,12 +89,10 @@ class TestLayer:
         with pytest.raises(SystemExit, match=r"^mxd-lens: .*layer/cfg\.json is not what "):
             main(["evaluate", str(run), "--dataset", "nowhere.txt"])
 
-    @pytest.mark.parametrize("how", ["truncated", "empty", "pickled", "of another layer"])
+    @pytest.mark.parametrize("how", ["truncated", "empty", "of another layer"])
     def test_its_weights(self, run, how, make_config, tiny_bridge, documents):
         weights = run / "layer" / "sae_weights.safetensors"
-        if how == "pickled":
-            torch.save({"W_enc": torch.zeros(3)}, weights)
-        elif how == "of another layer":
+        if how == "of another layer":
             other = make_config(architecture="topk", d_sae=7, output=str(run.with_name("other")))
             train(other, tiny_bridge, documents)
             weights.write_bytes((other.layer_path / "sae_weights.safetensors").read_bytes())

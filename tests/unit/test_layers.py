@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from sae_lens import SAE
 from sae_lens.config import LoggingConfig, SAETrainerConfig
-from sae_lens.saes.sae import SAEMetadata
+from sae_lens.saes.sae import SAEMetadata, TrainingSAE
 from sae_lens.training.sae_trainer import SAETrainer
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -29,11 +31,10 @@ from tests.helpers import (
     close32,
     make_config,
     make_layer,
+    same,
     training_step,
 )
 from tests.reference import at, plain_loss, reference, steps
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 GLU = ["hook_pre", "hook_pre_linear", "hook_post"]
 INPUT, OUTPUT = ["hook_in", "hook_sae_input"], ["hook_sae_recons", "hook_sae_output", "hook_out"]
@@ -61,21 +62,6 @@ def grads(y: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def learned(layer: Any) -> dict[str, Tensor]:
     return {name: p for name, p in layer.named_parameters() if p.requires_grad}
-
-
-@pytest.fixture(params=KINDS)
-def kind(request) -> str:
-    return request.param
-
-
-@pytest.fixture
-def layer(kind) -> Any:
-    return make_layer(kind)
-
-
-@pytest.fixture
-def x() -> Tensor:
-    return torch.randn(6, 5, dtype=torch.float64)
 
 
 class TestDefinition:
@@ -135,28 +121,21 @@ class TestDefinition:
 
 
 class TestHooks:
-    def test_each_fires_once_per_forward_in_documented_order(self, kind, layer):
-        fired = []
+    def test_each_fires_once_in_documented_order_with_its_term_of_the_formula(self, kind, layer):
         x = torch.randn(2, 3, 5, dtype=torch.float64)
+        fired = []
 
-        def note(tensor, hook):
-            fired.append((hook.name, tuple(tensor.shape)))
+        def note(t: Any, hook: Any) -> None:
+            fired.append((hook.name, t))
 
-        layer.run_with_hooks(x, fwd_hooks=[(lambda _: True, note)])
-        width = dict.fromkeys(INPUT, 5) | dict.fromkeys(GATE, layer.cfg.d_sae)
-        width |= dict.fromkeys(GLU, 7 if kind in SPARSE else 11)
-        assert fired == [(name, (2, 3, width.get(name, 4))) for name in hook_names(kind)]
+        y = layer.run_with_hooks(x, fwd_hooks=[(lambda _: True, note)])
+        expected = steps(layer, x)
+        assert [name for name, _ in fired] == hook_names(kind) == list(expected)
+        for name, t in fired:
+            close(t.dense() if name == "hook_codes" else t, expected[name])
+        close(y, expected["hook_out"])
         never = {"hook_sae_error"} | ({*GATE[:2]} if kind not in SPARSE else set())
         assert set(layer.hook_dict) == {*hook_names(kind)} | never
-
-    def test_each_shows_its_term_of_the_formula(self, layer):
-        x = torch.randn(2, 3, 5, dtype=torch.float64)
-        y, cache = layer.run_with_cache(x)
-        expected = steps(layer, x)
-        assert list(cache) == list(expected)
-        for name, term in expected.items():
-            close(cache[name].dense() if name == "hook_codes" else cache[name], term)
-        close(y, expected["hook_out"])
 
     @pytest.mark.parametrize(("kind", "name"), KIND_AND_HOOK)
     def test_editing_one_changes_the_output_as_the_formula_says(self, layer, x, name):
@@ -267,27 +246,67 @@ class TestEncodeDecode:
         with pytest.raises(RuntimeError, match="no encode"):
             layer.decode(acts)
 
-    def test_a_copy_in_between(self, layer, x):
-        acts = layer.encode(x.requires_grad_())
-        assert copy.deepcopy(layer)._to_decode is None
-        close(layer.decode(acts), layer(x))
+
+def saved(layer: Any, folder: Path) -> Any:
+    """A layer's file for inference; the layer as it is in there."""
+    if isinstance(layer, TrainingSAE):
+        layer.save_inference_model(folder)
+        return layer.to_inference()
+    layer.save_model(folder)
+    return layer
 
 
-class TestDisk:
-    @pytest.fixture(params=INFERENCE)
-    def kind(self, request) -> str:
-        return request.param
-
-    def test_round_trip(self, layer, x, tmp_path):
+@pytest.mark.parametrize("kind", [*INFERENCE, *(kind for kind in TRAINING if kind not in RAGGED)])
+class TestSavedForInference:
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
+    def test_a_layer_in_any_dtype_comes_back_as_it_was(self, kind, tmp_path, dtype):
+        layer, x = make_layer(kind, dtype="float32"), torch.randn(5, 5)
+        nn.Sequential(layer).to(getattr(torch, dtype))  # not the layer's own .to()
         layer.cfg.metadata = SAEMetadata(hook_name="a", hook_name_out="b")
-        layer.save_model(tmp_path)
+        before = copy.deepcopy(layer.state_dict())
+        expected = saved(layer, tmp_path)
+        same(layer.state_dict(), before)
         loaded = SAE.load_from_disk(tmp_path)
-        assert type(loaded) is type(layer) and loaded.cfg.to_dict() == layer.cfg.to_dict()
+        as_what = kind.removeprefix("training_").removesuffix("_paper_mlp").removesuffix("_paper")
+        assert type(loaded) is type(expected) is INFERENCE[as_what][0]
+        assert loaded.cfg.to_dict() == expected.cfg.to_dict()
         assert loaded.cfg.metadata.hook_name == "a" and loaded.cfg.metadata.hook_name_out == "b"
-        torch.testing.assert_close(loaded.state_dict(), layer.state_dict(), rtol=0, atol=0)
+        assert loaded.cfg.dtype == json.loads((tmp_path / "cfg.json").read_text())["dtype"] == dtype
+        same(loaded.state_dict(), expected.state_dict())
+        assert loaded.W_dec.dtype == getattr(torch, dtype)
         assert not hasattr(layer, "W_enc") or loaded.W_enc.T.is_contiguous()
-        assert torch.equal(loaded(x), layer(x))
+        assert torch.equal(loaded(x), expected(x))
 
+    @pytest.mark.parametrize(("before", "after"), [("float32", "float64"), ("float64", "float32")])
+    def test_loaded_in_another_dtype(self, kind, tmp_path, before, after):
+        layer, x = make_layer(kind, dtype=before), torch.randn(5, 5)
+        saved(layer, tmp_path)
+        loaded = SAE.load_from_disk(tmp_path, dtype=after)
+        assert loaded.cfg.dtype == after and loaded.W_dec.dtype == getattr(torch, after)
+        close32(loaded(x), layer(x))
+
+    def test_it_computes_what_the_layer_does(self, kind, x, tmp_path):
+        layer = make_layer(kind)
+        saved(layer, tmp_path)
+        loaded = SAE.load_from_disk(tmp_path)
+        close(loaded(x), layer(x))
+        close(loaded.encode(x), layer.encode(x))
+
+    def test_a_loader_that_does_not_cast(self, kind, tmp_path):
+        """As SAELens lets one bring."""
+        inference = saved(make_layer(kind), tmp_path)
+
+        def converter(path: Path, device: str, cfg_overrides: Any) -> tuple[dict, dict]:
+            weights = {name: p.detach() for name, p in inference.state_dict().items()}
+            return inference.cfg.to_dict() | (cfg_overrides or {}), weights
+
+        loaded = SAE.load_from_disk(tmp_path, dtype="bfloat16", converter=converter)
+        assert type(loaded) is type(inference)
+        assert loaded.cfg.dtype == "bfloat16" and loaded.W_dec.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", INFERENCE)
+class TestDisk:
     def test_configuration_as_a_dict(self, layer):
         saved = layer.cfg.to_dict()
         for cfg in (
@@ -310,18 +329,18 @@ class TestDisk:
         with pytest.raises(ValueError, match=f"not those of the {architecture} .*{wrong}"):
             SAE.load_from_disk(tmp_path)
 
-    @pytest.mark.parametrize("kind", ["mxd", "dense"])
-    def test_a_config_that_does_not_fit_the_weights(self, layer, tmp_path, edit_json):
-        _, config = layer.save_model(tmp_path)
-        edit_json(config, gated=False)
-        with pytest.raises(ValueError, match=r"not those of the .*W_hidden_gate"):
-            SAE.load_from_disk(tmp_path)
+
+@pytest.mark.parametrize("kind", ["mxd", "dense"])
+def test_a_config_that_does_not_fit_the_weights(layer, tmp_path, edit_json):
+    _, config = layer.save_model(tmp_path)
+    edit_json(config, gated=False)
+    with pytest.raises(ValueError, match=r"not those of the .*W_hidden_gate"):
+        SAE.load_from_disk(tmp_path)
 
 
 WRONG = [
     ("k", 12, "k=12 cannot be active out of d_sae=11"),
     ("k", 0, "k=0 .* 1 <= k"),
-    ("k", -1, "k=-1 .* 1 <= k"),
     ("d_out", 0, "d_out must be at least 1"),
     ("d_hidden", 0, "d_hidden must be at least 1"),
     ("act_fn", "tanh", "unknown activation act_fn='tanh'; known: relu"),
@@ -391,21 +410,6 @@ class TestTraining:
         step = training_step(layer, x, torch.cat([torch.zeros_like(y[:1]), y[1:]]))
         step.loss.backward()
         assert step.loss.isfinite() and layer.W_dec.grad.isfinite().all()
-
-    @pytest.mark.parametrize("kind", [kind for kind in TRAINING if kind not in RAGGED])
-    def test_saved_for_inference_computes_the_same(self, kind, layer, batch, tmp_path):
-        x, _ = batch
-        before = copy.deepcopy(layer.state_dict())
-        layer.cfg.metadata.hook_name_out = "somewhere"
-        layer.save_inference_model(tmp_path)
-        loaded = SAE.load_from_disk(tmp_path)
-        saved_as = kind.removeprefix("training_").removesuffix("_paper_mlp").removesuffix("_paper")
-        assert type(loaded) is INFERENCE[saved_as][0]
-        assert loaded.cfg.dtype == "float64" and loaded.cfg.metadata.hook_name_out == "somewhere"
-        for other in (loaded, layer.to_inference()):
-            close(other(x), layer(x))
-            close(other.encode(x), layer.encode(x))
-        torch.testing.assert_close(layer.state_dict(), before, rtol=0, atol=0)
 
     def test_checkpoint_resumes(self, layer, batch, tmp_path):
         layer.save_model(tmp_path)

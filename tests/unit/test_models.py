@@ -11,12 +11,11 @@ from transformers import BloomConfig, BloomForCausalLM, OPTConfig, OPTForCausalL
 from mxd_lens.models.load import load_model
 from mxd_lens.models.site import Site
 from mxd_lens.models.splice import get_mlp
-from tests.conftest import D_MLP, D_MODEL, N_LAYERS, N_VOCAB, save
-from tests.helpers import MODEL_SHAPE, close32, make_layer
+from tests.conftest import D_MLP, D_MODEL, N_LAYERS, N_VOCAB, TOKENS, save
+from tests.helpers import MODEL_SHAPE, close32, make_layer, placed
 from tests.reference import FORMULAS
 
-COMMON = {"vocab_size": N_VOCAB, "hidden_size": D_MODEL}
-COMMON |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+COMMON = TOKENS | {"hidden_size": D_MODEL, "pad_token_id": 2}
 OPT = OPTConfig(
     word_embed_proj_dim=D_MODEL,
     ffn_dim=D_MLP,
@@ -79,8 +78,7 @@ class TestSite:
             site.read(tokens, ("blocks.0.mlp.hook_nothing",))
 
     def test_of_a_layer_is_where_it_was_trained(self, lm):
-        layer, site = make_layer("mxd", **MODEL_SHAPE), Site.at(lm, 2)
-        layer.cfg.metadata = SAEMetadata(hook_name=site.hook_in, hook_name_out=site.hook_out)
+        layer, site = placed(make_layer("mxd", **MODEL_SHAPE), lm, 2), Site.at(lm, 2)
         found = Site.of(lm, layer)
         assert (found.layer, found.hooks, found.model) == (2, site.hooks, lm)
         layer.cfg.metadata.model_name, layer.cfg.metadata.norms_folded = "tiny", True
@@ -97,10 +95,8 @@ class TestSite:
 
 
 def test_the_names_of_a_bridges_hooks_are_restored(tiny_bridge, tokens):
-    hook_in, hook_out = Site.at(tiny_bridge, 1).hooks
-    layer = make_layer("mxd", **MODEL_SHAPE)
-    layer.cfg.metadata = SAEMetadata(hook_name=hook_in, hook_name_out=hook_out)
-    zero = [(hook_out, lambda t, hook: 0 * t)]
+    layer = placed(make_layer("mxd", **MODEL_SHAPE), tiny_bridge)
+    zero = [(layer.cfg.metadata.hook_name_out, lambda t, hook: 0 * t)]
     expected = tiny_bridge.run_with_hooks(tokens, fwd_hooks=zero)
     tiny_bridge.run_with_saes(tokens, saes=[layer])
     Site.of(tiny_bridge, layer)

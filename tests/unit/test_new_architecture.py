@@ -25,7 +25,6 @@ from mxd_lens.layers.transcoder import TopKTranscoder, TopKTranscoderConfig
 from mxd_lens.runs.results import read_rows
 
 from ..conftest import D_MODEL
-from ..helpers import letters
 
 # --8<-- [start:architecture]
 
@@ -97,18 +96,9 @@ def test_nobody_knows_it_before_it_is_registered():
 
 
 def test_it_goes_through_everything(
-    registered, llama_folder, documents, tmp_path, monkeypatch, capsys, one_thread
+    registered, llama_folder, text, labelled, tmp_path, offline, capsys
 ):
-    monkeypatch.setattr("mxd_lens.runs.analyse.embed", letters)
-    monkeypatch.setattr("mxd_lens.analysis.judge.embed", letters)
-    text, labelled, out = (tmp_path / name for name in ("text.jsonl", "labelled.jsonl", "out"))
-    documents.to_json(text)
-    rows = [
-        {"text": f"{word} {'the ' * i}mat", "label": word}
-        for word in ("cat", "dog")
-        for i in range(20)
-    ]
-    labelled.write_text("\n".join(map(json.dumps, rows)))
+    out = tmp_path / "out"
     sizes = "--training_tokens 1280 --batch_size 32 --context_size 8 --lm_batch_size 4"
     sizes += " --heldout_documents 40 --expansion 4 --k 3 --n_sequences 8 --layer 1"
     what = f"--model {llama_folder} --dataset {text} --output {out} --device cpu"
@@ -126,13 +116,19 @@ def test_it_goes_through_everything(
     torch.testing.assert_close(layer(x), layer.gain * (acts @ layer.W_dec) + layer.b_dec)
 
     main(f"probe {run} --data {labelled} --n_texts 40 --n_splits 1".split())
+    assert "| neurons |" in capsys.readouterr().out
     main(f"experts {run} --n_tokens 500 --sample_tokens 3".split())
+    assert "are meaningful" in capsys.readouterr().out
     main(f"steer {run} --n_experts 2 --n_samples 2 --sample_tokens 3 --strengths 1".split())
+    assert "| gain_transcoder | 1 | 2 |" in capsys.readouterr().out
     main(["report", str(run)])
-    assert "gain transcoder" in capsys.readouterr().out
+    assert capsys.readouterr().out.strip() == str(run / "report.html")
+    with pytest.raises(SystemExit, match=r"experts.json was made with n_tokens=500, and this asks"):
+        main(f"experts {run} --n_tokens 501".split())
     for name in ("probe", "experts", "steering"):
         assert json.loads((run / f"{name}.json").read_text())["version"] == 1
     directions = layer.steering_directions(torch.arange(layer.cfg.d_sae), x)
     torch.testing.assert_close(directions, layer.W_dec * layer.gain)
     page = (run / "report.html").read_text()
     assert "gain transcoder, k = 3" in page and "dense control" in page
+    assert "mxd-lens experts" not in page

@@ -55,9 +55,8 @@ def test_other_programs_bars_are_left_alone(capsys):
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_the_command(terminal, llama_folder, documents, tmp_path):
-    documents.to_json(tmp_path / "text.jsonl")
-    where = {"model": llama_folder, "dataset": tmp_path / "text.jsonl", "output": tmp_path / "run"}
+def test_the_command(terminal, llama_folder, text, tmp_path):
+    where = {"model": llama_folder, "dataset": text, "output": tmp_path / "run"}
     settings = TINY_RUN | where | {"d_sae": 8, "k": 2, "training_tokens": 32 * 400}
     command = [sys.executable, "-m", "mxd_lens", "train"]
     command += [str(part) for name in settings for part in (f"--{name}", settings[name])]

@@ -14,21 +14,12 @@ from mxd_lens.report.page import write_comparison_page, write_report, write_run_
 from mxd_lens.report.tables import comparison_table, method_label, summary, table
 from mxd_lens.runs.results import read_rows
 
-from ..conftest import TINY_RUN
+from ..helpers import GATE, ROW, write_comparison, write_run
 
 HOSTILE = '</script><img src=x onerror="window.pwned=1"><!--data--> & %{x} \u2028'
-HOOKS = {"hook_name": "blocks.1.mlp.hook_in", "hook_name_out": "blocks.1.mlp.hook_out"}
-PLACE = HOOKS | {"model_name": "tiny", "k": 3, "d_sae": 12}
-CE = {"ce_original": 3.0, "ce_replaced": 3.0625, "ce_increase": 0.0625, "ce_zero_ablation": 3.5}
-GATE = {"ce_mean_gate": 3.125, "ce_shuffled_gate": 3.25, "ce_shuffled_gate_matched": 3.1875}
-UNITS = {"k": 3, "l0": 3.0, "alive_fraction": 0.75, "always_on": 0, "experts_cosine": 0.5}
-ERRORS = {"ce_recovered": 0.875, "kl": 0.01, "fvu": 0.04, "nmse": 0.05, "nmse_median": 0.04}
-WHAT = {"architecture": "mxd", "seed": 0, "lr": 0.01, "dataset": "tiny (held out)"}
-WHAT |= {"n_parameters": 1000, "training_tokens": 1280, "heldout_tokens": 300, "ce_tokens": 250}
-WHAT |= {"d_hidden": 32, "ce_replaced_all_positions": 3.0625}
-FAITHFULNESS = PLACE | CE | GATE | UNITS | ERRORS | WHAT
-CONTROL = FAITHFULNESS | dict.fromkeys([*GATE, *UNITS])
+CONTROL = dict.fromkeys([*GATE, "k", "l0", "alive_fraction", "always_on", "experts_cosine"])
 CONTROL |= {"architecture": "dense", "ce_increase": 0.125}
+"""What a row of a control has else."""
 TEXTS = [
     [" the", " cat", "\n", " sat", HOSTILE, " on"],
     [" a", " dog", " ran", " after", " the", " fish"],
@@ -49,7 +40,8 @@ def expert(i, **fields):
     return {"id": i, "name": "", **fires, **weights, **nothing, **fields}
 
 
-EXPERTS = PLACE | {
+EXPERTS = {
+    **{name: ROW[name] for name in ("hook_name", "hook_name_out", "model_name", "k", "d_sae")},
     **{"architecture": "mxd", "dataset": "tiny", "n_tokens": 5000, "n_live": 5, "asked": {}},
     "rule": f"An expert counts where {HOSTILE}",
     "texts": TEXTS,
@@ -121,36 +113,19 @@ def steering_file(name="mxd", prompt="So"):
     }
 
 
-def write_run(folder, architecture="mxd", k=3, seed=0, **files):
-    """A finished run: its configuration, its faithfulness, and ``files`` by stem."""
-    folder.mkdir(parents=True)
-    cfg = TINY_RUN | {"architecture": architecture, "k": k, "seed": seed}
-    row = FAITHFULNESS | {"architecture": architecture, "k": k, "seed": seed}
-    (folder / "runner_cfg.json").write_text(json.dumps(cfg))
-    for stem, value in ({"results": row} | files).items():
-        write_json(folder / f"{stem}.json", {"version": 1} | value)
-    return folder
-
-
-def write_comparison(folder, **same):
+def write_whole(folder):
     """A run with everything, and three beside it of which one has the same k and seed."""
     run = write_run(folder / "mxd", experts=EXPERTS, probe=probe_file(), steering=steering_file())
     other = "topk_transcoder"
-    files = {"probe": probe_file(other, f1=0.25), "steering": steering_file(other)} | same
-    write_run(folder / "same", other, **files)
+    write_run(
+        folder / "same", other, probe=probe_file(other, f1=0.25), steering=steering_file(other)
+    )
     write_run(folder / "other-k", "topk", k=2, steering=steering_file("topk"))
     write_run(folder / "other-seed", "topk", seed=1, probe=probe_file("topk"))
-    write_rows(folder, *(read_rows(path)[0] for path in sorted(folder.glob("*/results.json"))))
-    return run
-
-
-def write_rows(folder, *rows):
-    """A comparison's results."""
-    write_json(folder / "comparison.json", {})
-    write_json(
-        folder / "results.json", {"version": 1, "rows": [FAITHFULNESS | row for row in rows]}
+    write_comparison(
+        folder, *(read_rows(path)[0] for path in sorted(folder.glob("*/results.json")))
     )
-    return folder / "results.json"
+    return run
 
 
 class Page(HTMLParser):
@@ -201,7 +176,7 @@ def decoded(value):
 
 @pytest.fixture
 def whole(tmp_path):
-    return Page(write_report(write_comparison(tmp_path)))
+    return Page(write_report(write_whole(tmp_path)))
 
 
 @pytest.fixture
@@ -214,7 +189,7 @@ def compared(tmp_path):
     """``compared(*rows)``: the page of a comparison of such layers."""
 
     def write(*rows):
-        write_comparison_page(write_rows(tmp_path, *rows))
+        write_comparison_page(write_comparison(tmp_path, *rows))
         return Page(tmp_path / "results.html")
 
     return write
@@ -222,7 +197,7 @@ def compared(tmp_path):
 
 class TestWhatIsThere:
     def test_faithfulness(self, bare):
-        for name, value in summary(FAITHFULNESS):
+        for name, value in summary(ROW):
             assert name.strip() in bare.text and value in bare.text
         (figure,) = bare.figures
         assert figure["data"][0]["x"] == [0.0625, 0.125, 0.25, 0.1875, 0.5]
@@ -243,10 +218,11 @@ class TestWhatIsThere:
         assert "tinytranscoder300.2500.500" in whole.text  # the table's line
 
     def test_probes_of_other_texts_are_left_out(self, tmp_path):
+        run = write_whole(tmp_path)
         probes = probe_file("topk_transcoder")
         probes["datasets"]["tiny"]["asked"]["n_texts"] = 9
-        page = Page(write_report(write_comparison(tmp_path, probe=probes)))
-        bars = page.figure_with("features the probe reads")["data"]
+        write_json(tmp_path / "same" / "probe.json", {"version": 1} | probes)
+        bars = Page(write_report(run)).figure_with("features the probe reads")["data"]
         assert [bar["name"] for bar in bars] == ["MxD", "neurons"]
 
     def test_a_guess_is_a_line(self, whole):
@@ -271,8 +247,9 @@ class TestWhatIsThere:
         assert figure["layout"]["xaxis"]["type"] == "log"
 
     def test_steering_from_another_prompt_is_left_out(self, tmp_path):
+        run = write_whole(tmp_path)
         steering = steering_file("topk_transcoder", prompt="But")
-        run = write_comparison(tmp_path, steering=steering)
+        write_json(tmp_path / "same" / "steering.json", {"version": 1} | steering)
         figure = Page(write_report(run)).figure_with("perplexity")
         assert {trace["name"] for trace in figure["data"]} == {"MxD", "unsteered"}
 
@@ -326,7 +303,7 @@ class TestComparison:
 
     def test_every_number_is_in_the_tables_and_nothing_is_where_there_is_none(self, compared):
         page = compared({}, CONTROL)
-        for value in filter(None, FAITHFULNESS.values()):
+        for value in filter(None, ROW.values()):
             assert (f"{value:.5g}" if isinstance(value, float) else str(value)) in page.text
         assert "None" not in page.text and "nan" not in page.text.split("All numbers")[0]
 
@@ -356,10 +333,10 @@ class TestComparison:
 
 
 def test_a_layer_without_a_gate(tmp_path):
-    assert comparison_table([FAITHFULNESS, CONTROL]).splitlines()[3].count(" - ") == 4
-    assert len(table(CONTROL).splitlines()) == 7
-    path = tmp_path / "results.html"
-    write_run_page(path, CONTROL, None)
+    control, path = ROW | CONTROL, tmp_path / "results.html"
+    assert comparison_table([ROW, control]).splitlines()[3].count(" - ") == 4
+    assert len(table(control).splitlines()) == 7
+    write_run_page(path, control, None)
     (figure,) = Page(path).figures
     assert figure["data"][0]["y"] == ["replaced", "MLP removed"]
 
@@ -373,11 +350,11 @@ class TestWhatIsMissing:
 
     def test_a_parent_that_is_no_comparison(self, tmp_path):
         run = write_run(tmp_path / "run")
-        write_json(tmp_path / "results.json", {"version": 1} | FAITHFULNESS)
+        write_json(tmp_path / "results.json", {"version": 1} | ROW)
         assert len(Page(write_report(run)).figures) == 1
 
     def test_what_only_other_runs_have(self, tmp_path):
-        run = write_comparison(tmp_path)
+        run = write_whole(tmp_path)
         (run / "steering.json").unlink()
         page = Page(write_report(run))
         assert f"mxd-lens steer {run}" in page.text
@@ -436,24 +413,17 @@ def test_the_page_is_smaller_than_the_file_it_shows(tmp_path):
     assert page.stat().st_size - len(get_plotlyjs()) < (run / "experts.json").stat().st_size
 
 
-class TestErrors:
-    def test_a_run_that_has_not_been_measured(self, tmp_path):
-        run = write_run(tmp_path / "run")
-        (run / "results.json").unlink()
-        (run / "layer").mkdir()
-        with pytest.raises(ValueError, match="has not been measured: run `mxd-lens evaluate"):
-            write_report(run)
+def test_a_run_that_has_not_been_measured(tmp_path):
+    run = write_run(tmp_path / "run")
+    (run / "results.json").unlink()
+    with pytest.raises(ValueError, match="has not been measured: run `mxd-lens evaluate"):
+        write_report(run)
 
-    def test_no_run_or_a_comparison(self, tmp_path):
-        said = f"{tmp_path} holds no finished run: .* or a run's folder within a comparison"
-        with pytest.raises(ValueError, match=said):
-            write_report(tmp_path)
-        write_comparison(tmp_path)
-        with pytest.raises(ValueError, match=said):
-            write_report(tmp_path)
 
-    def test_a_file_that_is_cut_off(self, tmp_path):
-        run = write_run(tmp_path / "run")
-        (run / "experts.json").write_text('{"texts": [')
-        with pytest.raises(ValueError, match=r"experts\.json is not JSON"):
-            write_report(run)
+def test_no_run_or_a_comparison(tmp_path):
+    said = f"{tmp_path} holds no finished run: .* or a run's folder within a comparison"
+    with pytest.raises(ValueError, match=said):
+        write_report(tmp_path)
+    write_whole(tmp_path)
+    with pytest.raises(ValueError, match=said):
+        write_report(tmp_path)

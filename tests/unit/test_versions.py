@@ -42,14 +42,3 @@ def test_what_is_known_to_be_wrong_is_refused(monkeypatch, package, versions, wh
     monkeypatch.setattr(startup, "leave_on_signals", lambda: None)
     with pytest.raises(SystemExit, match=f"mxd-lens: {package} {wrong} is installed"):
         startup.prepare()
-
-
-def test_a_bridge_generates_with_its_cache_as_without(tiny_bridge):
-    """What transformers 5.24 broke."""
-    texts = [
-        tiny_bridge.generate(
-            "the cat sat on", max_new_tokens=8, do_sample=False, verbose=False, use_past_kv_cache=c
-        )
-        for c in (True, False)
-    ]
-    assert texts[0] == texts[1]
