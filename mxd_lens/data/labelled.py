@@ -29,9 +29,7 @@ def load_labelled(
     """About n_texts different texts, equally many of each class, shuffled.
 
     Args:
-        source: one of `DEMO_LABELLED`, a data set `datasets` can load (``name`` or
-            ``name:config``), or a local .jsonl, .json, .parquet or .csv file.
-        split: of a hub data set.
+        source: one of `DEMO_LABELLED`, or as in `load_text`.
 
     Returns:
         Columns ``text`` and ``label``, both strings.

@@ -11,6 +11,7 @@ import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -87,15 +88,13 @@ class CompareConfig(RunConfig, Measuring):
         shared = {name: getattr(self, name) for name in field_names(RunConfig)}
         shared["activations"] = str(Path(self.output) / "activations")
         runs: dict[Key, TrainConfig] = {}
-        for seed in self.seeds:
-            for k in self.k:
-                for name in self.architectures:
-                    own: dict[str, Any] = {"k": k} if has_k(name) else {}
-                    key = name, own.get("k"), seed
-                    folder = "-".join([name, *(f"k{k}" for _ in own), f"seed{seed}"])
-                    own |= {"architecture": name, "output": str(Path(self.output) / folder)}
-                    if key not in runs:
-                        runs[key] = TrainConfig(**(shared | own), seed=seed)
+        for seed, k, name in product(self.seeds, self.k, self.architectures):
+            own: dict[str, Any] = {"k": k} if has_k(name) else {}
+            key = name, own.get("k"), seed
+            folder = "-".join([name, *(f"k{k}" for _ in own), f"seed{seed}"])
+            own |= {"architecture": name, "output": str(Path(self.output) / folder)}
+            if key not in runs:
+                runs[key] = TrainConfig(**(shared | own), seed=seed)
         return runs
 
 
@@ -106,7 +105,7 @@ def compare(
     *,
     measured: Callable[[Path], None] = lambda results: None,
 ) -> list[dict[str, Any]]:
-    """Train and measure every layer, or those that are missing.
+    """Train and measure every layer, or those that are missing. Raises as `train` does.
 
     Args:
         measured: is called whenever ``results.json`` has been written anew.
@@ -114,16 +113,14 @@ def compare(
     Returns:
         One plain `Row` per layer. ``results.json``, written anew as each layer is finished, has
         these and what else earlier comparisons have left in the folder.
-
-    Raises:
-        ValueError, Interrupted: as `train`.
     """
     folder = Path(cfg.output)
     with locked(folder):
         claim_comparison(cfg, write=False)
         runs = cfg.runs()
         asked: Parts = {"measurements": {}} | ({cfg.probe: {}} if cfg.probe else {})
-        files = {k: ResultsFile(_results(run.output), Row, asked) for k, run in runs.items()}
+        paths = {key: Path(run.output) / "results.json" for key, run in runs.items()}
+        files = {key: ResultsFile(path, Row, asked) for key, path in paths.items()}
         for key, run in runs.items():
             if files[key].value is not None:
                 claim_folder(run)
@@ -163,14 +160,7 @@ def compare(
 
 
 def claim_comparison(cfg: CompareConfig, *, write: bool = True) -> None:
-    """Write down what all layers of a comparison share, or compare it with what is there.
-
-    Args:
-        write: False: only compare.
-
-    Raises:
-        ValueError: it is another, or the folder holds something else.
-    """
+    """Write down what all layers of a comparison share, or compare it, as `claim_folder` does."""
     shared = (field_names(RunConfig) | {"n_sequences"}) - {"output", "device"}
     settings = {name: getattr(cfg, name) for name in sorted(shared)}
     writes = (RUNNER_CFG_FILENAME, "activations", "results.json", "results.html", SOURCES_FILENAME)
@@ -181,10 +171,6 @@ def measure(sae: SAE[Any], run: TrainConfig, heldout: Heldout, dataset: str) -> 
     """A plain row: what was trained and how it does on the held-out text."""
     row, _ = evaluate(heldout.site.model, sae, heldout, autocast=run.autocast)
     return {**row, **run.identity, "dataset": dataset}
-
-
-def _results(folder: str | Path) -> Path:
-    return Path(folder) / "results.json"
 
 
 def _all_rows(folder: Path) -> list[Row]:
@@ -233,11 +219,8 @@ def probe_scores(
 
 
 def measure_again(folder: Path, text: OtherText, n_sequences: int = 64) -> Path:
-    """Measure the layers of a comparison on other text: ``results-<text>.json``, this path.
-
-    Raises:
-        ValueError: there are none, no text is named, or it cannot be loaded.
-    """
+    """Measure the layers of a comparison on other text: ``results-<text>.json``, this path;
+    ValueError if there are none, or no text is named."""
     runs = finished_runs(folder)
     if text.dataset is None:
         raise ValueError(f"say on which --dataset to measure the layers in {folder}")
@@ -264,7 +247,7 @@ def results_stem(dataset: str | None) -> str:
 
 
 def write_rows(folder: Path, rows: list[Row], stem: str = "results") -> Path:
-    """The rows as JSON, in the order of tables."""
+    """The rows as JSON, this path, in the order of tables."""
     path = folder / f"{stem}.json"
     write(path, Comparison(rows=sorted(rows, key=_place)), indent=2)
     return path

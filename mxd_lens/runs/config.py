@@ -194,14 +194,11 @@ class TrainConfig(RunConfig):
     def warm_up_and_decay(self) -> tuple[int, int]:
         """Steps in which the learning rate rises, and falls."""
         warm_up, decay = self.lr_warm_up_steps, self.lr_decay_steps
-        return (
-            self.steps // 10 if warm_up is None else warm_up,
-            self.steps // 5 if decay is None else decay,
-        )
+        warm_up = self.steps // 10 if warm_up is None else warm_up
+        return warm_up, self.steps // 5 if decay is None else decay
 
     @property
     def peak_lr(self) -> float:
-        """The run's peak learning rate."""
         return answers(self.architecture).default_lr if self.lr is None else self.lr
 
     @property
@@ -217,7 +214,6 @@ class TrainConfig(RunConfig):
 
     @property
     def finished(self) -> bool:
-        """True if the trained layer is there."""
         return (self.layer_path / SAE_CFG_FILENAME).exists()
 
     def __str__(self) -> str:
@@ -234,11 +230,7 @@ def _refuse_constant(name: str) -> None:
 
 
 def read_config(folder: Path) -> TrainConfig:
-    """The configuration of the run in a folder, on this machine's device.
-
-    Raises:
-        ValueError: what the folder holds is not that.
-    """
+    """The configuration of the run in a folder; ValueError if it holds something else."""
     path = folder / RUNNER_CFG_FILENAME
     values: dict[str, Any] = read_json(path, dict[str, Any]) or {}
     values["output"] = str(folder)
@@ -252,8 +244,8 @@ def finished_runs(folder: Path) -> list[TrainConfig]:
     """The run in this folder, or the finished ones of the comparison in it, all of one MLP.
 
     Raises:
-        ValueError: it holds neither, its run is not finished, its runs are of more than one MLP
-            or read it differently, or a file there is none of ours.
+        ValueError: there are none, they are of more than one MLP or read it differently, or a
+            file there is none of ours.
     """
     alone = folder / RUNNER_CFG_FILENAME
     paths = [alone] if alone.exists() else sorted(folder.glob(f"*/{RUNNER_CFG_FILENAME}"))
@@ -272,16 +264,11 @@ def finished_runs(folder: Path) -> list[TrainConfig]:
 
 
 def has_k(architecture: str) -> bool:
-    """True if layers of this architecture are trained with a k.
-
-    Raises:
-        ValueError: there is no such architecture.
-    """
+    """True if layers of this architecture, which must be a known one, are trained with a k."""
     return "k" in field_names(config_class(architecture))
 
 
 def field_names(cfg_class: type) -> set[str]:
-    """Names of a dataclass' fields."""
     return {field.name for field in fields(cfg_class)}
 
 
