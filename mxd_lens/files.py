@@ -103,11 +103,9 @@ def _remove(path: Path) -> None:
 def locked(folder: Path, waiting: str | None = None) -> Iterator[None]:
     """Work in a folder as the only process. A process may lock what it has locked already.
 
-    Args:
-        waiting: what to say while another process is at work there; None: raise.
-
     Raises:
-        ValueError: another process is at work there, or the path is that of a file.
+        ValueError: the path is that of a file, or another process is at work there, unless there
+            is something to say while ``waiting`` for it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

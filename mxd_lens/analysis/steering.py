@@ -63,11 +63,10 @@ def steer(
     Blocks nest: the inner one edits what the outer one has left. Caches show the edited values.
 
     Args:
-        model: a HookedTransformer or a TransformerBridge.
-        sae: a layer in place in it, by `splice`, assignment or ``add_sae``, with or without its
-            error term.
+        sae: a layer in place in the model, by `splice`, assignment or ``add_sae``, with or without
+            its error term.
         experts: which units, each once.
-        add, scale, clamp, ablate: one of these: what is added to a activation, what it is
+        add, scale, clamp, ablate: one of these: what is added to an activation, what it is
             multiplied by, what it is set to, or whether it is set to zero. Amounts are one for
             all, [n_experts], or [batch, n_experts]: each row of the batch its own.
         directions: for ``add``: what an activation of 1 is to write to the layer's output at
@@ -240,8 +239,7 @@ def generate_steered(
         model: a HookedSAETransformer or SAETransformerBridge, the layer not in place.
         amounts: added to the expert's activation at every other token of prompt and samples.
         directions: what that writes to the layer's output, see `steer`.
-        n_samples: of each expert.
-        n_tokens: of a sample.
+        n_samples, n_tokens: of each expert, of a sample.
         temperature: 0 takes the best token.
         seed: PyTorch's own random state is left alone.
         batch_size: samples that are generated at the same time, of one expert or of many.

@@ -102,8 +102,7 @@ def _token_batches(store: ActivationsStore, n: int) -> list[Int[Tensor, "batch p
 class TextActivations:
     """What a language model computes for the non-special tokens of some texts; on the CPU.
 
-    One language-model pass serves any number of layers. 1,200 texts of 128 tokens at one hook
-    of width 576 are 350 MB in float32.
+    1,200 texts of 128 tokens at one hook of width 576 are 350 MB in float32.
     """
 
     at: dict[str, Float[Tensor, "tokens d"]]
@@ -124,11 +123,8 @@ def text_activations(
 ) -> TextActivations:
     """The MLP's input and output on the texts; the model is run no further.
 
-    Args:
-        texts: each read by itself, after a BOS token; special tokens are left out.
-        context_size: tokens of a text that are read, BOS included.
-        lm_batch_size: texts per pass of the language model.
-        autocast: run the language model in bfloat16 where that is safe.
+    Each is read by itself, context_size tokens of it at most, BOS included, and lm_batch_size of
+    them per pass of the language model. Special tokens are left out.
 
     Raises:
         ValueError: a text has no non-special token.

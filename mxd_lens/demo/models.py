@@ -85,11 +85,8 @@ def load_smollm2_bridge(device: str = "cpu") -> SAETransformerBridge:
 
 
 def load_smollm2_hooked(device: str = "cpu", n_ctx: int = 512) -> HookedSAETransformer:
-    """SmolLM2-135M-Instruct as a HookedSAETransformer, float32, nothing folded or centred.
-
-    Args:
-        n_ctx: longest sequence in tokens; attention masks of n_ctx^2 are kept for each layer.
-    """
+    """SmolLM2-135M-Instruct as a HookedSAETransformer, float32, nothing folded or centred. It reads
+    n_ctx tokens at most, and keeps attention masks of n_ctx^2 for each layer."""
     folder = smollm2_dir()
     llama: Any = AutoModelForCausalLM.from_pretrained(folder)
     config = llama.config

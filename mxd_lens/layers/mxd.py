@@ -163,12 +163,8 @@ class MxD(SparseLayer, HiddenUnits):
     @classmethod
     @torch.no_grad()
     def from_mlp(cls, mlp: nn.Module, d_sae: int = 1, k: int = 1) -> MxD:
-        """The MxD that computes exactly what this MLP or GLU does: ``a W_dec = 1`` everywhere, the
-        first k experts being always on, each a k-th of the layer.
-
-        Args:
-            mlp: ``model.blocks[L].mlp``; raises as `read_mlp` does.
-        """
+        """The MxD that computes exactly what ``model.blocks[L].mlp`` does: ``a W_dec`` is 1, and
+        the first k experts are always on, each a k-th of the layer. Raises as `read_mlp` does."""
         weights = read_mlp(mlp)
         dtype, device = dtype_to_str(weights.W_in.dtype), str(weights.W_in.device)
         shape: dict[str, Any] = asdict(weights.shape) | {"d_sae": d_sae, "k": k}

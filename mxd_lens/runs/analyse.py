@@ -35,7 +35,7 @@ from mxd_lens.analysis.steering import (
     steering_directions,
 )
 from mxd_lens.data.labelled import DEMO_LABELLED, load_labelled
-from mxd_lens.data.reading import read_heldout
+from mxd_lens.data.reading import read_heldout, text_activations
 from mxd_lens.data.text import Text, read
 from mxd_lens.fields import Count, EachOnce, Finite, Index, Name, PathStr, config
 from mxd_lens.files import locked
@@ -44,7 +44,6 @@ from mxd_lens.models.load import load_model
 from mxd_lens.models.site import Site
 from mxd_lens.runs import results
 from mxd_lens.runs.claims import check_sources
-from mxd_lens.runs.compare import mlp_activations
 from mxd_lens.runs.config import (
     OtherText,
     Sampling,
@@ -52,6 +51,7 @@ from mxd_lens.runs.config import (
     TrainConfig,
     field_names,
     finished_runs,
+    values,
 )
 from mxd_lens.runs.fingerprint import text_fingerprint
 from mxd_lens.runs.results import Parts, ResultsFile, load_layer, read_layer_file
@@ -80,7 +80,7 @@ class AnalysisConfig:
     def settings(self) -> dict[str, Any]:
         """What the results depend on."""
         own = field_names(type(self)) - field_names(AnalysisConfig)
-        return {name: getattr(self, name) for name in sorted(own)}
+        return values(self, sorted(own))
 
 
 @contextmanager
@@ -150,11 +150,12 @@ def run_probe(cfg: ProbeConfig) -> list[Path]:
     Raises:
         ValueError: no such layers or labelled text, or probes there that were asked for otherwise.
     """
-    how = {name: value for name, value in cfg.settings().items() if name != "data"}
+    how = cfg.settings()
+    del how["data"]
     asked: Parts = {data: how | _of_file(data) for data in cfg.data}
     with _files(cfg, "probe.json", results.Probes, lambda run: asked) as files:
         missing = {data: [each for each in files if data in each[1].missing] for data in cfg.data}
-        load = {name: how[name] for name in ("text_column", "label_column", "n_texts")}
+        load = values(cfg, ("text_column", "label_column", "n_texts"))
         labelled = {
             data: load_labelled(data, split=cfg.dataset_split, **load)
             for data in cfg.data
@@ -164,7 +165,7 @@ def run_probe(cfg: ProbeConfig) -> list[Path]:
         for data, texts in labelled.items():
             some = missing[data][0][0]
             site = site or _load_site(some)
-            activations = mlp_activations(some, site, texts["text"])
+            activations = text_activations(site, texts["text"], **some.reading_texts)
             probed = partial(_probed, labels=texts["label"], n_splits=cfg.n_splits)
             print(f"\n{data}: the MLP's neurons", flush=True)
             neurons = pool_neurons(site, activations)
@@ -285,10 +286,8 @@ def run_experts(cfg: ExpertsConfig) -> list[Path]:
                     sae,
                     _documents(run)[0] if cfg.dataset is None else cfg.load(),
                     n_tokens=cfg.n_tokens,
-                    context_size=run.context_size,
-                    lm_batch_size=run.lm_batch_size,
                     directions=effect,
-                    autocast=run.autocast,
+                    **run.reading_texts,
                     embed=partial(embed, device=run.device),
                     seed=cfg.seed,
                 )
@@ -416,13 +415,7 @@ def layer_sample(
     model: Any, sae: SAE[Any], run: TrainConfig
 ) -> tuple[Float[Tensor, "tokens d_in"], float]:
     """Inputs of a layer at held-out tokens, and the mean norm of the MLP's output there."""
-    heldout = read_heldout(
-        Site.of(model, sae),
-        _documents(run)[1],
-        context_size=run.context_size,
-        device=run.device,
-        n_tokens=16_384,
-        autocast=run.autocast,
-    )
-    x, y = (torch.cat([pair[hook] for pair in heldout.pairs]) for hook in heldout.site.hooks)
+    site, documents = Site.of(model, sae), _documents(run)[1]
+    heldout = read_heldout(site, documents, n_tokens=16_384, **run.reading_heldout)
+    x, y = (torch.cat([pair[hook] for pair in heldout.pairs]) for hook in site.hooks)
     return x, y.norm(dim=-1).mean().item()

@@ -38,6 +38,7 @@ from mxd_lens.runs.config import (
     field_names,
     finished_runs,
     has_k,
+    values,
 )
 from mxd_lens.runs.results import (
     Comparison,
@@ -85,7 +86,7 @@ class CompareConfig(RunConfig, Measuring):
 
     def runs(self) -> dict[Key, TrainConfig]:
         """The training runs, in the order they go."""
-        shared = {name: getattr(self, name) for name in field_names(RunConfig)}
+        shared = values(self, field_names(RunConfig))
         shared["activations"] = str(Path(self.output) / "activations")
         runs: dict[Key, TrainConfig] = {}
         for seed, k, name in product(self.seeds, self.k, self.architectures):
@@ -140,9 +141,13 @@ def compare(
                 check_layer(run, site)
             claim_comparison(cfg)
             check_sources(cfg, model, dataset)
-            heldout = _heldout(cfg, site, documents, cfg.n_sequences)
+            heldout = read_heldout(
+                site, documents, n_sequences=cfg.n_sequences, **cfg.reading_heldout
+            )
             fill_activations(cfg, folder / "activations", site, dataset)
-            activations = mlp_activations(cfg, site, labelled["text"]) if labelled else None
+            activations = None
+            if labelled:
+                activations = text_activations(site, labelled["text"], **cfg.reading_texts)
             for n, (key, run) in enumerate(runs.items(), 1):
                 if not files[key].missing:
                     continue
@@ -162,8 +167,8 @@ def compare(
 def claim_comparison(cfg: CompareConfig, *, write: bool = True) -> None:
     """Write down what all layers of a comparison share, or compare it, as `claim_folder` does."""
     shared = (field_names(RunConfig) | {"n_sequences"}) - {"output", "device"}
-    settings = {name: getattr(cfg, name) for name in sorted(shared)}
     writes = (RUNNER_CFG_FILENAME, "activations", "results.json", "results.html", SOURCES_FILENAME)
+    settings = values(cfg, sorted(shared))
     claim(Path(cfg.output), COMPARISON_FILENAME, settings, writes, write=write)
 
 
@@ -184,28 +189,6 @@ def _place(row: Row) -> tuple[Any, ...]:
     name = row.architecture
     order = COMPARED.index(name) if name in COMPARED else len(COMPARED)
     return order, name, row.k or 0, row.seed
-
-
-def _heldout(cfg: RunConfig, site: Site, documents: Text, n_sequences: int) -> Heldout:
-    return read_heldout(
-        site,
-        documents,
-        context_size=cfg.context_size,
-        device=cfg.device,
-        n_sequences=n_sequences,
-        autocast=cfg.autocast,
-    )
-
-
-def mlp_activations(cfg: RunConfig, site: Site, texts: list[str]) -> TextActivations:
-    """Input and output of the run's MLP on some texts, read as the run reads its own."""
-    return text_activations(
-        site,
-        texts,
-        context_size=cfg.context_size,
-        lm_batch_size=cfg.lm_batch_size,
-        autocast=cfg.autocast,
-    )
 
 
 def probe_scores(
@@ -229,7 +212,8 @@ def measure_again(folder: Path, text: OtherText, n_sequences: int = 64) -> Path:
     model = load_model(cfg.model, cfg.model_class, cfg.device)
     for run in runs:
         check_sources(run, model)
-    heldout = _heldout(cfg, Site.at(model, cfg.layer), documents, n_sequences)
+    site = Site.at(model, cfg.layer)
+    heldout = read_heldout(site, documents, n_sequences=n_sequences, **cfg.reading_heldout)
     layers = ((run, load_layer(run.layer_path, run.device)) for run in runs)
     rows = [Row(**measure(sae, run, heldout, text.dataset)) for run, sae in layers]
     with locked(folder):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -81,7 +82,7 @@ class Sampling:
     @property
     def sampling(self) -> dict[str, Any]:
         """Arguments of `generate_steered`."""
-        own = {name: getattr(self, name) for name in ("prompt", "temperature", "seed")}
+        own = values(self, ("prompt", "temperature", "seed"))
         return own | {"n_tokens": self.sample_tokens}
 
 
@@ -132,6 +133,16 @@ class RunConfig(TextSource):
     @property
     def steps(self) -> int:
         return self.training_tokens // self.batch_size
+
+    @property
+    def reading_heldout(self) -> dict[str, Any]:
+        """Arguments of `read_heldout`."""
+        return values(self, ("context_size", "device", "autocast"))
+
+    @property
+    def reading_texts(self) -> dict[str, Any]:
+        """Arguments of `text_activations` and `inspect_experts`."""
+        return values(self, ("context_size", "lm_batch_size", "autocast"))
 
     def documents(self, dataset: Text | None = None) -> tuple[Text, Text]:
         """The run's (training, held-out) documents."""
@@ -232,10 +243,9 @@ def _refuse_constant(name: str) -> None:
 def read_config(folder: Path) -> TrainConfig:
     """The configuration of the run in a folder; ValueError if it holds something else."""
     path = folder / RUNNER_CFG_FILENAME
-    values: dict[str, Any] = read_json(path, dict[str, Any]) or {}
-    values["output"] = str(folder)
+    written: dict[str, Any] = read_json(path, dict[str, Any]) or {}
     try:
-        return TrainConfig(**values)
+        return TrainConfig(**written | {"output": str(folder)})
     except ValueError as error:
         raise ValueError(f"{path} is not the configuration of a run: {error}") from error
 
@@ -272,10 +282,16 @@ def field_names(cfg_class: type) -> set[str]:
     return {field.name for field in fields(cfg_class)}
 
 
+def values(cfg: Any, names: Iterable[str]) -> dict[str, Any]:
+    """These fields of a configuration."""
+    return {name: getattr(cfg, name) for name in names}
+
+
 def settings(cfg: TrainConfig) -> dict[str, Any]:
     """What a run is known by: all that decides its layer, and not where it is or runs.
 
     Whether activations are cached counts: their batches come in another order.
     """
-    values = asdict(cfg) | {"activations": cfg.activations and "cached"}
-    return {name: value for name, value in values.items() if name not in ("output", "device")}
+    made = asdict(cfg) | {"activations": cfg.activations and "cached"}
+    del made["output"], made["device"]
+    return made

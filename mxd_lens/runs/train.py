@@ -36,7 +36,7 @@ from mxd_lens.models.site import Site
 from mxd_lens.models.splice import has_folded_norms
 from mxd_lens.runs.checkpoints import CheckpointedTrainer, drop_checkpoints, own_checkpoints
 from mxd_lens.runs.claims import check_sources, claim_folder
-from mxd_lens.runs.config import RunConfig, TrainConfig, field_names, settings
+from mxd_lens.runs.config import RunConfig, TrainConfig, field_names, settings, values
 from mxd_lens.runs.fingerprint import model_fingerprint, text_fingerprint
 from mxd_lens.runs.results import load_layer
 from mxd_lens.startup import Interrupted, handling
@@ -139,7 +139,7 @@ def fill_activations(
     dataset = cfg.load() if dataset is None else dataset
     decisive = "model layer dataset dataset_split text_column context_size lm_batch_size"
     decisive += " heldout_documents model_class autocast"
-    source = {name: getattr(cfg, name) for name in decisive.split()}
+    source = values(cfg, decisive.split())
     source["model_fingerprint"] = model_fingerprint(site.model)
     source["text_fingerprint"] = text_fingerprint(dataset)
     store = _store(cfg, site, cfg.documents(dataset)[0])
@@ -162,7 +162,7 @@ def new_layer(cfg: TrainConfig, site: Site, device: str) -> TrainingSAE[Any]:
     """A layer of the run's architecture for this MLP, at random weights; ValueError if none."""
     layer, cfg_class = answers(cfg.architecture), config_class(cfg.architecture)
     mlp = site.mlp.shape
-    values = asdict(mlp) | {
+    known = asdict(mlp) | {
         "d_in": mlp.d_in if layer.reads_input else mlp.d_out,
         "d_sae": cfg.d_sae or width_for(cfg.architecture, mlp, cfg.expansion),
         "k": cfg.k,
@@ -180,8 +180,8 @@ def new_layer(cfg: TrainConfig, site: Site, device: str) -> TrainingSAE[Any]:
             training_tokens=cfg.steps * cfg.batch_size,
         ),
     }
-    known = {name: values[name] for name in values.keys() & field_names(cfg_class)}
-    layer_cfg = cfg_class(**(known | json.loads(cfg.sae_options)))
+    own = {name: known[name] for name in known.keys() & field_names(cfg_class)}
+    layer_cfg = cfg_class(**(own | json.loads(cfg.sae_options)))
     check_k(getattr(layer_cfg, "k", 1), layer_cfg.d_sae)
     return layer.training_class()(layer_cfg)
 
