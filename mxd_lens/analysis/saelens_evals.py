@@ -54,8 +54,8 @@ def at_output(model: Any, sae: SAE[Any]) -> Iterator[Any]:
 
     What this yields has the layer's attributes, ``cfg.metadata.hook_name`` being its output hook.
     Its ``encode(y)`` reads the input that the model's last forward pass had at the layer's own
-    input hook; ``decode`` gives the layer's output for it. An SAE that reads and writes the same
-    hook is yielded as it is.
+    input hook; ``decode`` gives the layer's output for it. Out of turn, both raise a RuntimeError.
+    An SAE that reads and writes the same hook is yielded as it is.
 
     Raises:
         ValueError: the model does not have the layer's hooks.

@@ -62,8 +62,9 @@ def read_heldout(
         ValueError: the text is too short for a single batch.
     """
     check(Count, n_sequences=n_sequences, n_tokens=n_tokens, batch_size=batch_size)
-    how = {"device": device, "autocast_lm": autocast}
-    store = _heldout_store(site, dataset, context_size, batch_size, **how)
+    store = _heldout_store(
+        site, dataset, context_size, batch_size, device=device, autocast_lm=autocast
+    )
     batches = _token_batches(store, -(-n_tokens // (batch_size * (context_size - 1))))
     pairs = []
     for tokens in tqdm(batches, desc="Reading held-out text"):
@@ -74,8 +75,8 @@ def read_heldout(
 
 def check_heldout(site: Site, dataset: Text, *, context_size: int, batch_size: int = 16) -> None:
     """Raise ValueError, before any training, if `read_heldout` will not have text enough."""
-    how = {"device": "cpu", "autocast_lm": False}
-    _token_batches(_heldout_store(site, dataset, context_size, batch_size, **how), 1)
+    store = _heldout_store(site, dataset, context_size, batch_size, device="cpu", autocast_lm=False)
+    _token_batches(store, 1)
 
 
 def _heldout_store(
@@ -127,7 +128,7 @@ def text_activations(
     them per pass of the language model. Special tokens are left out.
 
     Raises:
-        ValueError: a text has no non-special token.
+        ValueError: the model has no such hook, or a text has no non-special token.
     """
     check(Count, n_texts=len(texts), context_size=context_size, lm_batch_size=lm_batch_size)
     tokens = [tokenize(site.model, text, context_size) for text in tqdm(texts, desc="Tokenizing")]

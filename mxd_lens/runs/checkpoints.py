@@ -34,7 +34,8 @@ class CheckpointedTrainer(SAETrainer[Any, Any]):
         base_path: Path | str | None = None,
         wandb_aliases: list[str] | None = None,
     ) -> None:
-        """Save a checkpoint under its name once it is whole, and drop the older ones."""
+        """Save a checkpoint under its name once it is whole, and drop the older ones; OSError if it
+        cannot be written."""
         path = self.folder / checkpoint_name
         if path not in own_checkpoints(self.folder, self.settings):  # else of this very step
             with whole(path) as unfinished:
