@@ -244,8 +244,9 @@ def read_config(folder: Path) -> TrainConfig:
     """The configuration of the run in a folder; ValueError if it holds something else."""
     path = folder / RUNNER_CFG_FILENAME
     written: dict[str, Any] = read_json(path, dict[str, Any]) or {}
+    written["output"] = str(folder)
     try:
-        return TrainConfig(**written | {"output": str(folder)})
+        return TrainConfig(**written)
     except ValueError as error:
         raise ValueError(f"{path} is not the configuration of a run: {error}") from error
 
