@@ -23,17 +23,7 @@ from mxd_lens.models.load import bfloat16_is_fast, load_model
 from mxd_lens.models.site import Site
 from mxd_lens.report.page import agreement_of, write_comparison_page, write_report, write_run_page
 from mxd_lens.report.tables import comparison_table, table
-from mxd_lens.runs.analyse import (
-    AnalysisConfig,
-    ExpertsConfig,
-    ProbeConfig,
-    SteerConfig,
-    probe_table,
-    run_experts,
-    run_probe,
-    run_steer,
-    steering_table,
-)
+from mxd_lens.runs import analyse
 from mxd_lens.runs.claims import check_sources, claim_folder
 from mxd_lens.runs.compare import CompareConfig, compare, measure_again, results_stem
 from mxd_lens.runs.config import (
@@ -79,8 +69,8 @@ def run_evaluation(
     with locked(Path(run.output)):
         path = Path(run.output) / f"{results_stem(text.dataset)}.json"
         before = read(path, Row)
-        probes = {} if before is None else plain(before)  # of a comparison
-        probes = {name: value for name, value in probes.items() if name.startswith("probe")}
+        kept = {} if before is None else plain(before)  # of a comparison
+        probes = {name: value for name, value in kept.items() if name.startswith("probe")}
         sae = load_layer(run.layer_path, run.device)
         own = run.load() if text.dataset is None else None
         documents = text.load() if own is None else run.documents(own)[1]
@@ -132,14 +122,14 @@ def run_evaluate(cfg: EvaluateConfig) -> None:
         print(comparison_table(read_rows(path)))
 
 
-def show_probes(cfg: ProbeConfig) -> None:
-    paths = run_probe(cfg)
-    print(f"\n{probe_table(paths)}\n")
+def show_probes(cfg: analyse.ProbeConfig) -> None:
+    paths = analyse.run_probe(cfg)
+    print(f"\n{analyse.probe_table(paths)}\n")
     print(*paths)
 
 
-def show_experts(cfg: ExpertsConfig) -> None:
-    for path in run_experts(cfg):
+def show_experts(cfg: analyse.ExpertsConfig) -> None:
+    for path in analyse.run_experts(cfg):
         found = plain(read(path, Experts))
         meaningful = sum(expert["meaningful"] for expert in found["experts"])
         print(f"\n{path}: {found['n_live']:,} of {found['d_sae']:,} fire on ", end="")
@@ -147,13 +137,13 @@ def show_experts(cfg: ExpertsConfig) -> None:
         print(agreement_of(found))
 
 
-def show_steering(cfg: SteerConfig) -> None:
-    paths = run_steer(cfg)
-    print(f"\n{steering_table(paths)}\n")
+def show_steering(cfg: analyse.SteerConfig) -> None:
+    paths = analyse.run_steer(cfg)
+    print(f"\n{analyse.steering_table(paths)}\n")
     print(*paths)
 
 
-def run_report(cfg: AnalysisConfig) -> None:
+def run_report(cfg: analyse.AnalysisConfig) -> None:
     for run in cfg.runs():
         print(write_report(Path(run.output)))
 
@@ -177,7 +167,7 @@ def run_demo(cfg: DemoConfig) -> None:
     print(f"\n{table(rows[0])}\n\n{comparison_table(rows)}\n")
     mxd = next(iter(demo.runs().values()))
     contexts = {"effect_strength": 0.0, "sample_strength": 0.0, "n_tokens": 50_000}
-    run_experts(ExpertsConfig(run=mxd.output, **contexts))
+    analyse.run_experts(analyse.ExpertsConfig(run=mxd.output, **contexts))
     write_comparison_page(Path(demo.output) / "results.json")
     print(f"{demo.output}/results.json  {demo.output}/results.html  {mxd.layer_path}")
 
@@ -187,10 +177,10 @@ COMMANDS = {
     "train": (TrainConfig, run_train),
     "compare": (CompareConfig, run_compare),
     "evaluate": (EvaluateConfig, run_evaluate),
-    "probe": (ProbeConfig, show_probes),
-    "experts": (ExpertsConfig, show_experts),
-    "steer": (SteerConfig, show_steering),
-    "report": (AnalysisConfig, run_report),
+    "probe": (analyse.ProbeConfig, show_probes),
+    "experts": (analyse.ExpertsConfig, show_experts),
+    "steer": (analyse.SteerConfig, show_steering),
+    "report": (analyse.AnalysisConfig, run_report),
 }
 """Configuration, whose docstring is the command's help, and what runs it."""
 
@@ -199,11 +189,7 @@ class Parser(ArgumentParser):
     """simple_parsing's, whose ``--config_path`` may also be the name of one of `CONFIGS`."""
 
     def set_defaults(self, config_path: str | Path | None = None, **kwargs: Any) -> None:
-        """As simple_parsing's.
-
-        Raises:
-            ValueError: the file is not YAML, or does not hold values of this command's options.
-        """
+        """As simple_parsing's; ValueError if the file does not hold options of this command."""
         if config_path and (packaged := CONFIGS / f"{config_path}.yaml").exists():
             config_path = packaged
         try:

@@ -94,11 +94,7 @@ def config(cls: type[T]) -> type[T]:
 
 
 def check(kind: Any, **values: Any) -> None:
-    """Refuse arguments that are not of a kind.
-
-    Raises:
-        ValueError: names them and their values.
-    """
+    """Raise ValueError, which names it and its value, for an argument that is not of a kind."""
     adapter = TypeAdapter(kind, config=STRICT)
     for name, value in values.items():
         try:

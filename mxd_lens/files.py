@@ -20,19 +20,11 @@ from safetensors import SafetensorError
 from mxd_lens.fields import sentence
 
 LOCK = ".mxd-lens.lock"
-
 _UNFINISHED = re.compile(r"\..+\.\d+\.mxd-lens-unfinished")
 
 
 def read_json(path: Path, kind: Any) -> Any:
-    """What a file of ours says; None if there is none.
-
-    Args:
-        kind: the type of what it holds.
-
-    Raises:
-        ValueError: it holds something else.
-    """
+    """What a file of ours says; None if there is none, ValueError if that is not of this kind."""
     if not path.exists():
         return None
     mend = "restore it, or delete it to have it made anew"
@@ -90,10 +82,7 @@ def discard(folder: Path) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what killed processes have left of `whole` and `discard` here.
-
-    The caller has `locked` it.
-    """
+    """Remove what killed processes have left of `whole` and `discard` here; it is `locked`."""
     for path in folder.glob(".*"):
         if _UNFINISHED.fullmatch(path.name):
             _remove(path)
@@ -114,11 +103,9 @@ def _remove(path: Path) -> None:
 def locked(folder: Path, waiting: str | None = None) -> Iterator[None]:
     """Work in a folder as the only process. A process may lock what it has locked already.
 
-    Args:
-        waiting: what to say while another process is at work there; None: raise.
-
     Raises:
-        ValueError: another process is at work there, or the path is that of a file.
+        ValueError: the path is that of a file, or another process is at work there, unless there
+            is something to say while ``waiting`` for it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -157,8 +144,7 @@ def claim(
         write: False: find that it is, or may become so.
 
     Raises:
-        ValueError: the folder is that of a run with other settings, or holds something of
-            somebody else's that would be overwritten.
+        ValueError: it is that of other settings, or holds something that would be overwritten.
     """
     path = folder / marker
     if path.exists():
@@ -176,11 +162,7 @@ def claim(
 
 
 def check_same(what: object, made: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    """Refuse to go on with what was made in another way than is asked for.
-
-    Raises:
-        ValueError: a setting differs, or is not known of what was made.
-    """
+    """Raise ValueError if a setting asked for differs, or is not known of what was made."""
     different = [name for name in asked if name not in made or made[name] != asked[name]]
     if different:
         theirs, ours = (

@@ -7,8 +7,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -38,13 +38,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 def prepare() -> None:
-    """Refuse versions that are known to be wrong; set up signals and progress of the command.
-
-    Nothing is set up where the package is imported by another program.
-
-    Raises:
-        ImportError: one of `KNOWN_WRONG` is installed; the command exits with that sentence.
-    """
+    """Set up signals and progress where the command is what imports this; see `check_versions`."""
     command = Path(sys.argv[0]).name == "mxd-lens" or _is_module()
     if command:
         leave_on_signals()
@@ -66,7 +60,7 @@ def _is_module() -> bool:
 
 
 def check_versions() -> None:
-    """Raises ImportError if one of `KNOWN_WRONG` is installed."""
+    """Raise ImportError if one of `KNOWN_WRONG` is installed."""
     for package, versions, why in KNOWN_WRONG:
         installed = metadata.version(package)
         if SpecifierSet(versions).contains(installed, prereleases=True):
@@ -84,11 +78,7 @@ def leave_on_signals() -> None:
 
 
 def progress_in_lines() -> None:
-    """Print each progress bar of this process as a line now and then, and one when it is done.
-
-    It holds for tqdm's bars of other libraries too, which may not be made with its settings:
-    those of SAELens' trainer are refreshed explicitly.
-    """
+    """Print each progress bar, other libraries' too, as a line now and then and when it is done."""
     tqdm.display = _print_line
 
 
@@ -102,19 +92,24 @@ def _print_line(self: Any, msg: str | None = None, pos: int | None = None) -> No
 
 
 @contextmanager
-def raise_on_signals() -> Iterator[None]:
-    """Raise, so that what has been begun is left whole; SIGTERM like Ctrl-C."""
+def handling(handlers: Mapping[signal.Signals, Any]) -> Iterator[None]:
+    """These handlers of signals within the block, if it is in the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, _raise)
+    before = {number: signal.getsignal(number) for number in handlers}
     try:
-        yield
-    finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def raise_on_signals() -> AbstractContextManager[None]:
+    """Raise, so that what has been begun is left whole; SIGTERM like Ctrl-C."""
+    return handling({signal.SIGINT: signal.default_int_handler, signal.SIGTERM: _raise})
 
 
 def _leave(number: int, _: Any) -> None:

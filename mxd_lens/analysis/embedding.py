@@ -25,12 +25,7 @@ def embed(
 ) -> Float[Tensor, "texts 384"]:
     """all-MiniLM-L6-v2's embeddings: means over the tokens, scaled to unit norm.
 
-    Args:
-        texts: each is read up to 256 tokens.
-        batch_size: texts per pass.
-
-    Returns:
-        On the device, float32.
+    Of up to 256 tokens a text, batch_size texts per pass; on the device, float32.
 
     Raises:
         ValueError: batch_size is below 1.
@@ -57,11 +52,7 @@ def embed(
 
 
 def coherence(embeddings: Float[Tensor, "*batch n d"]) -> Float[Tensor, "*batch"]:
-    """Mean cosine of two different ones of n embeddings.
-
-    Raises:
-        ValueError: fewer than two.
-    """
+    """Mean cosine of two different ones of n embeddings; ValueError if n is below two."""
     n = embeddings.shape[-2]
     if n < 2:
         raise ValueError(f"coherence is that of two embeddings or more, got {n}")

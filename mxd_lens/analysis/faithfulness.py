@@ -8,7 +8,6 @@ copies the MLP's weights is perfectly faithful, and its experts do nothing.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -140,19 +139,16 @@ def _measure_layer(
         "heldout_tokens": n,
     }
     if not layer.has_experts:
-        return measured | dict.fromkeys(_OF_EXPERTS), None, None
+        absent = dict.fromkeys(["l0", "alive_fraction", "always_on", "experts_cosine"])
+        return measured | absent, None, None
     mean_sparse, density = sparse_sum / n, fired / n
-    of_experts = (
-        density.sum().item(),
-        (fired > 0).double().mean().item(),
-        int((density > 0.5).sum()),
-        (direction_sum @ mean_sparse / n / mean_sparse.norm()).item(),
-    )
-    measured |= dict(zip(_OF_EXPERTS, of_experts, strict=True))
+    measured |= {
+        "l0": density.sum().item(),
+        "alive_fraction": (fired > 0).double().mean().item(),
+        "always_on": int((density > 0.5).sum()),
+        "experts_cosine": (direction_sum @ mean_sparse / n / mean_sparse.norm()).item(),
+    }
     return measured, mean_sparse.to(sae.dtype), density.float().cpu()
-
-
-_OF_EXPERTS = ("l0", "alive_fraction", "always_on", "experts_cosine")
 
 
 def _measure_in_model(
@@ -166,6 +162,9 @@ def _measure_in_model(
     """Cross-entropies of the model with the layer, ablated in turn, in place of the MLP."""
     model, sae = site.model, layer.sae
     generator = torch.Generator().manual_seed(seed)
+    lower_precision = torch.autocast(
+        torch.device(sae.device).type, torch.bfloat16, enabled=autocast
+    )
 
     def shuffled(sparse: Sparse) -> Sparse:
         return sparse[torch.randperm(len(sparse), generator=generator).to(sparse.device)]
@@ -179,75 +178,56 @@ def _measure_in_model(
         assert mean_sparse is not None
         return mean_sparse.expand_as(sparse)
 
+    def run(tokens: Tensor, where: Any, at_where: Tensor) -> Tensor:
+        def replace(y: Tensor, hook: Any) -> Tensor:
+            y = y.clone()
+            y[where] = at_where.to(y.dtype)
+            return y
+
+        with lower_precision:
+            return model.run_with_hooks(tokens, fwd_hooks=[(site.hook_out, replace)])
+
+    def cross_entropy(logits: Tensor, tokens: Tensor, predicted: Tensor) -> float:
+        progress.update()
+        targets = tokens[:, 1:][predicted]
+        logits = logits[:, :-1][predicted].float()
+        return F.cross_entropy(logits, targets, reduction="sum").item()
+
     ablations: dict[str, Callable[[Sparse], Sparse]] = {
         "ce_mean_gate": at_mean,
         "ce_shuffled_gate": shuffled,
         "ce_shuffled_gate_matched": shuffled_matched,
     }
     absent = {} if layer.has_experts else dict.fromkeys(ablations)
-    ablations = {name: ablate for name, ablate in ablations.items() if name not in absent}
+    ablations = {} if absent else ablations
     known = dict(heldout.shared)
-    sums = dict.fromkeys(
-        [
-            "ce_original",
-            "ce_replaced",
-            *ablations,
-            "ce_zero_ablation",
-            "ce_replaced_all_positions",
-            "kl",
-        ],
-        0.0,
-    )
+    names = ["ce_original", "ce_replaced", *ablations, "ce_zero_ablation"]
+    sums = dict.fromkeys([*names, "ce_replaced_all_positions", "kl"], 0.0)
     n = 0
     batches = heldout.in_model
     progress = tqdm(total=len(batches) * (len(sums) - 1 - bool(known)), desc="Measuring the model")
-    lower_precision = (
-        torch.autocast(torch.device(sae.device).type, torch.bfloat16) if autocast else nullcontext()
-    )
     for tokens in batches:
         kept = site.non_special(tokens)
         predicted = kept[:, 1:]
-
-        def cross_entropy(logits: Tensor, tokens=tokens, predicted=predicted) -> float:
-            progress.update()
-            targets = tokens[:, 1:][predicted]
-            logits = logits[:, :-1][predicted].float()
-            return F.cross_entropy(logits, targets, reduction="sum").item()
-
-        def run(at_kept: Tensor, kept=kept, tokens=tokens) -> Tensor:
-            def replace(y: Tensor, hook: Any) -> Tensor:
-                y = y.clone()
-                y[kept] = at_kept.to(y.dtype)
-                return y
-
-            with lower_precision:
-                return model.run_with_hooks(tokens, fwd_hooks=[(site.hook_out, replace)])
-
         with lower_precision:
             logits, cache = model.run_with_cache(
                 tokens, names_filter=list(site.hooks), prepend_bos=False
             )
         x = cache[site.hook_in].float()
-        sums["ce_original"] += cross_entropy(logits)
+        sums["ce_original"] += cross_entropy(logits, tokens, predicted)
         n += int(predicted.sum())
-        replaced = run(sae(x[kept]))
-        sums["ce_replaced"] += cross_entropy(replaced)
+        replaced = run(tokens, kept, sae(x[kept]))
+        sums["ce_replaced"] += cross_entropy(replaced, tokens, predicted)
         sums["kl"] += _kl(logits[:, :-1][predicted], replaced[:, :-1][predicted])
         for name, ablate in ablations.items():
-            y_hat = sae.run_with_hooks(
-                x[kept],
-                fwd_hooks=[(layer.sparse_hook, lambda sparse, hook, ablate=ablate: ablate(sparse))],
-            )
-            sums[name] += cross_entropy(run(y_hat))
+            edit = (layer.sparse_hook, lambda sparse, hook, ablate=ablate: ablate(sparse))
+            y_hat = sae.run_with_hooks(x[kept], fwd_hooks=[edit])
+            sums[name] += cross_entropy(run(tokens, kept, y_hat), tokens, predicted)
         if not known:
-            nothing = torch.zeros_like(cache[site.hook_out][kept])
-            sums["ce_zero_ablation"] += cross_entropy(run(nothing))
-        y_hat = sae(x)
-        with lower_precision:
-            everywhere = model.run_with_hooks(
-                tokens, fwd_hooks=[(site.hook_out, lambda y, hook, y_hat=y_hat: y_hat.to(y.dtype))]
-            )
-        sums["ce_replaced_all_positions"] += cross_entropy(everywhere)
+            nothing = run(tokens, kept, torch.zeros_like(cache[site.hook_out][kept]))
+            sums["ce_zero_ablation"] += cross_entropy(nothing, tokens, predicted)
+        everywhere = run(tokens, ..., sae(x))
+        sums["ce_replaced_all_positions"] += cross_entropy(everywhere, tokens, predicted)
     progress.close()
     if not n:
         raise ValueError(f"the first {heldout.n_sequences} sequences hold special tokens only")
@@ -255,12 +235,7 @@ def _measure_in_model(
     heldout.shared["ce_zero_ablation"] = ce["ce_zero_ablation"]
     increase = ce["ce_replaced"] - ce["ce_original"]
     lost = ce["ce_zero_ablation"] - ce["ce_original"]
-    return {
-        **ce,
-        "ce_increase": increase,
-        "ce_recovered": 1 - increase / lost,
-        "ce_tokens": n,
-    }
+    return {**ce, "ce_increase": increase, "ce_recovered": 1 - increase / lost, "ce_tokens": n}
 
 
 def _kl(

@@ -17,15 +17,9 @@ Scores = dict[str, float]
 class Judge:
     """Scores of the samples that steering one expert gave, by the model itself and by MiniLM.
 
-    Calling it with n texts returns
-
-    - ``coherence``: mean cosine of two samples' sentence embeddings;
-    - ``perplexity``: of the samples after the prompt to the original model, exp of the mean nats
-      per token.
-
-    Args:
-        model: the language model, nothing steered.
-        prompt: what the samples continue.
+    Calling it with texts that continue the prompt returns ``coherence``, the mean cosine of two
+    samples' sentence embeddings, and ``perplexity`` to the model, nothing steered: exp of the mean
+    nats per token after the prompt.
     """
 
     def __init__(self, model: Any, prompt: str):

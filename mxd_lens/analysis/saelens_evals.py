@@ -54,8 +54,8 @@ def at_output(model: Any, sae: SAE[Any]) -> Iterator[Any]:
 
     What this yields has the layer's attributes, ``cfg.metadata.hook_name`` being its output hook.
     Its ``encode(y)`` reads the input that the model's last forward pass had at the layer's own
-    input hook; ``decode`` gives the layer's output for it. An SAE that reads and writes the same
-    hook is yielded as it is.
+    input hook; ``decode`` gives the layer's output for it. Out of turn, both raise a RuntimeError.
+    An SAE that reads and writes the same hook is yielded as it is.
 
     Raises:
         ValueError: the model does not have the layer's hooks.
@@ -64,17 +64,12 @@ def at_output(model: Any, sae: SAE[Any]) -> Iterator[Any]:
     if metadata.hook_name_out in (None, metadata.hook_name):
         yield sae
         return
-    hook_in, hook_out = (
-        _known_hook(model, str(name)) for name in (metadata.hook_name, metadata.hook_name_out)
-    )
-    layer = _AtOutput(sae, hook_out)
+    hook_in = model.hook_dict[_known_hook(model, str(metadata.hook_name))]
+    layer = _AtOutput(sae, _known_hook(model, str(metadata.hook_name_out)))
     with ExitStack() as hooks:
         # Torch's own handles: these outlast TransformerLens' resets and remove nobody else's.
-        for hook, see in (
-            (model.hook_dict[hook_in], layer.see_input),
-            (sae.hook_sae_acts_post, layer.see_acts),
-        ):
-            hooks.callback(hook.register_forward_hook(see).remove)
+        hooks.callback(hook_in.register_forward_hook(layer.see_input).remove)
+        hooks.callback(sae.hook_sae_acts_post.register_forward_hook(layer.see_acts).remove)
         yield layer
 
 
@@ -106,11 +101,7 @@ class _AtOutput:
         self._acts = acts
 
     def encode(self, y: Float[Tensor, "*batch d_out"]) -> Float[Tensor, "*batch d_sae"]:
-        """The activations for the input that belongs to this output, which this uses up.
-
-        Raises:
-            RuntimeError: the model has not run since the last time, or on another batch shape.
-        """
+        """The activations for the input that belongs to this output, which this uses up."""
         x, self._x = self._x, None
         if x is None or x.shape[:-1] != y.shape[:-1]:
             seen = "no input" if x is None else f"an input {tuple(x.shape)}"
@@ -121,11 +112,7 @@ class _AtOutput:
         return self._acts
 
     def decode(self, feature_acts: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_out"]:
-        """The output that belongs to the last `encode`.
-
-        Raises:
-            RuntimeError: these are other activations than that one's.
-        """
+        """The output that belongs to the last `encode`."""
         if self._y is None or feature_acts is not self._acts:
             raise RuntimeError("decode takes what the last encode gave, and nothing else")
         return self._y

@@ -1,8 +1,7 @@
 """Steering: edit the activations of single experts while the language model runs.
 
-And what text it makes the model write: a constant is added to one expert's activation, and the
-samples are judged by how coherent they are among each other and how fluent to the original model
-(Oldfield et al. 2025, arXiv 2505.21364)::
+And what that makes it write, judged by how coherent samples are among each other and how fluent to
+the original model (Oldfield et al. 2025, arXiv 2505.21364)::
 
     amounts = calibrate_strength(sae, experts, 1.0, x, y_norm)
     generate_steered(model, sae, experts, amounts)
@@ -64,11 +63,10 @@ def steer(
     Blocks nest: the inner one edits what the outer one has left. Caches show the edited values.
 
     Args:
-        model: a HookedTransformer or a TransformerBridge.
-        sae: a layer in place in it, by `splice`, assignment or ``add_sae``, with or without its
-            error term.
+        sae: a layer in place in the model, by `splice`, assignment or ``add_sae``, with or without
+            its error term.
         experts: which units, each once.
-        add, scale, clamp, ablate: one of these: what is added to a activation, what it is
+        add, scale, clamp, ablate: one of these: what is added to an activation, what it is
             multiplied by, what it is set to, or whether it is set to zero. Amounts are one for
             all, [n_experts], or [batch, n_experts]: each row of the batch its own.
         directions: for ``add``: what an activation of 1 is to write to the layer's output at
@@ -78,9 +76,8 @@ def steer(
             reads: during cached generation, -1 is the prompt's last token, then each new one.
 
     Raises:
-        ValueError: none or several of the edits, ``directions`` with another than ``add``,
-            an expert that does not exist or is there twice, amounts or ``directions`` of another
-            shape, or a layer that is not in place in the model.
+        ValueError: not exactly one of the edits, ``directions`` without ``add``, an expert that
+            does not exist or is there twice, another shape, or a layer that is not in place.
     """
     edits = {"add": add, "scale": scale, "clamp": clamp, "ablate": 0.0 if ablate else None}
     chosen = {name: amount for name, amount in edits.items() if amount is not None}
@@ -125,9 +122,7 @@ def steer(
             n = acts.shape[-2]
             here = [n + p if p < 0 else p - n_past for p in positions]
             rows = torch.tensor([p for p in here if 0 <= p < n], dtype=torch.long).to(acts.device)
-            where = (
-                (..., rows, columns) if directions is not None else (..., rows[:, None], columns)
-            )
+            where = (..., rows if directions is not None else rows[:, None], columns)
         acts = acts.clone()
         if edit == "add":
             acts[where] = acts[where] + by
@@ -140,9 +135,8 @@ def steer(
     # PyTorch's own hooks: model.reset_hooks() leaves them alone.
     with ExitStack() as hooks:
         if positions is not None:
-            block = model.blocks[layer]
-            handle = block.register_forward_pre_hook(read_n_past, with_kwargs=True)
-            hooks.callback(handle.remove)
+            before = model.blocks[layer].register_forward_pre_hook(read_n_past, with_kwargs=True)
+            hooks.callback(before.remove)
         edited = sae.hook_sae_acts_post if directions is None else sae.hook_sae_recons
         hooks.callback(edited.register_forward_hook(apply).remove)
         yield
@@ -185,15 +179,8 @@ def _n_cached(inputs: Sequence[Any], layer: int) -> int:
 def steering_directions(
     sae: SAE[Any], experts: Sequence[int], x: Float[Tensor, "tokens d_in"]
 ) -> Float[Tensor, "n_experts d_out"]:
-    """Output per unit activation, see `Layer.steering_directions`: rows of W_dec, or, for an MxD,
-    averaged over each expert's 32 strongest tokens.
-
-    Args:
-        x: a sample of the layer's inputs, of non-special tokens.
-
-    Raises:
-        ValueError: an expert that does not exist.
-    """
+    """Output per unit activation: rows of W_dec, or, for an MxD, averaged over the 32 tokens of x,
+    non-special ones, where each expert is strongest; ValueError if one does not exist."""
     units = _check_experts(sae, experts).to(sae.device)
     return layer_of(sae).steering_directions(units, x)
 
@@ -213,11 +200,10 @@ def calibrate_strength(
         strength: mean norm of the change at the layer's output, over y_norm.
         x: a sample of the layer's inputs, of non-special tokens.
         y_norm: mean norm of the MLP's output.
-        directions: what adding 1 changes, where it is to be that, see `steer`.
+        directions: see `steer`.
 
     Raises:
-        ValueError: an expert that does not exist, or has no effect at all, or a strength or norm
-            that is not finite.
+        ValueError: an expert that does not exist or has no effect, a number that is not finite.
     """
     check(Finite, strength=strength, y_norm=y_norm)
     units = _check_experts(sae, experts).to(sae.device)
@@ -253,10 +239,9 @@ def generate_steered(
         model: a HookedSAETransformer or SAETransformerBridge, the layer not in place.
         amounts: added to the expert's activation at every other token of prompt and samples.
         directions: what that writes to the layer's output, see `steer`.
-        n_samples: samples per expert.
-        n_tokens: tokens of a sample.
-        temperature: of sampling; 0 takes the best token.
-        seed: of the samples; PyTorch's own random state is left alone.
+        n_samples, n_tokens: of each expert, of a sample.
+        temperature: 0 takes the best token.
+        seed: PyTorch's own random state is left alone.
         batch_size: samples that are generated at the same time, of one expert or of many.
 
     Returns:
@@ -357,20 +342,17 @@ def evaluate_steering(
     """Steer each expert at each strength, and judge what the model writes.
 
     Args:
-        model, sae, directions, prompt, n_samples, n_tokens, temperature, seed, batch_size: as in
-            `generate_steered`.
-        strengths, x, y_norm: as in `calibrate_strength`.
+        strengths, x, y_norm: see `calibrate_strength`; what is not named: see `generate_steered`.
         name: the layer's, in the rows; its architecture by default.
         judge: what scores the samples of one expert; a `Judge` by default.
         done: what an earlier call has returned or saved: those rows are kept, not made again.
         save: is handed the result so far whenever a strength is finished.
 
     Returns:
-        ``edit`` (``"activation"``, or ``"direction"`` with ``directions``), ``prompt``,
-        ``n_samples``, ``n_tokens``, ``temperature``, ``seed``; ``unsteered``: the
-        scores of samples of the original model; ``rows``, one per expert and strength: ``name``,
-        ``expert``, ``strength``, ``amount`` (what was added to the activation), the judge's
-        scores, and ``samples``.
+        ``edit`` (``"activation"``, or ``"direction"`` with ``directions``) and the settings;
+        ``unsteered``: the scores of samples of the original model; ``rows``, one per expert and
+        strength: ``name``, ``expert``, ``strength``, ``amount`` (what was added to the
+        activation), the judge's scores, and ``samples``.
 
     Raises:
         ValueError: an expert that does not exist or has no effect, fewer than two samples, a
@@ -380,13 +362,8 @@ def evaluate_steering(
     check(EachOnce[Index], experts=experts)
     if n_samples < 2:
         raise ValueError(f"n_samples={n_samples}: coherence needs at least 2 of each expert")
-    settings = {
-        "prompt": prompt,
-        "n_samples": n_samples,
-        "n_tokens": n_tokens,
-        "temperature": temperature,
-        "seed": seed,
-    }
+    sampling = {"n_samples": n_samples, "n_tokens": n_tokens, "temperature": temperature}
+    settings = {"prompt": prompt, **sampling, "seed": seed}
     said = {"edit": "activation" if directions is None else "direction", **settings}
     different = [key for key in said if done and done.get(key) != said[key]]
     if different:
@@ -421,9 +398,8 @@ def evaluate_steering(
             continue
         amounts = strength * unit_amounts[missing]
         texts = generate(missing, amounts)
-        for i, amount, samples in zip(
-            tqdm(missing, desc="Judging"), amounts.tolist(), texts, strict=True
-        ):
+        made_now = zip(tqdm(missing, desc="Judging"), amounts.tolist(), texts, strict=True)
+        for i, amount, samples in made_now:
             row = {"name": name, "expert": experts[i], "strength": strength, "amount": amount}
             result["rows"].append({**row, **judge(samples), "samples": samples})
         if save is not None:

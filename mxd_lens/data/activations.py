@@ -37,11 +37,8 @@ def activations_store(
     device: str,
     autocast_lm: bool,
 ) -> ActivationsStore:
-    """SAELens' store over both hooks of an MLP: one LM pass that stops at the layer.
-
-    Raises:
-        ValueError: a size out of range, or a text of no documents or of special tokens only.
-    """
+    """SAELens' store over both hooks of an MLP: one LM pass that stops at the layer; ValueError for
+    a size out of range, or a text of no documents or of special tokens only."""
     check(ContextSize, context_size=context_size)
     check(Count, batch_size=batch_size, lm_batch_size=lm_batch_size)
     if next(iter(dataset), None) is None:
@@ -89,7 +86,7 @@ def pairs(store: ActivationsStore, site: Site) -> Iterator[Float[Tensor, "batch 
         except (StopIteration, RuntimeError, ValueError) as error:
             if isinstance(error, RuntimeError) and not isinstance(error.__cause__, StopIteration):
                 raise
-            raise _too_short(store) from error
+            raise too_short(store) from error
         yield _pair(batch, site.hooks)
 
 
@@ -105,19 +102,15 @@ def _pair(acts: dict[str, Tensor], hooks: Hooks) -> Float[Tensor, "tokens d"]:
     return pair
 
 
-def _too_short(store: ActivationsStore) -> ValueError:
+def too_short(store: ActivationsStore, text: str = "text") -> ValueError:
     return ValueError(
-        f"the text is too short: it has fewer than {store.store_batch_size_prompts} "
+        f"the {text} is too short: it has fewer than {store.store_batch_size_prompts} "
         f"sequences of {store.context_size} tokens"
     )
 
 
 def cache_pairs(
-    folder: Path,
-    store: ActivationsStore,
-    site: Site,
-    n_tokens: int,
-    source: dict[str, Any],
+    folder: Path, store: ActivationsStore, site: Site, n_tokens: int, source: dict[str, Any]
 ) -> None:
     """Cache MLP input and output for n_tokens non-special tokens, resuming if partial.
 
@@ -130,8 +123,7 @@ def cache_pairs(
         source: all that decides what the pairs are; recorded, and compared.
 
     Raises:
-        ValueError: too little text, or a folder with the pairs of another source, damaged ones,
-            or something else.
+        ValueError: too little text, or a folder with pairs of another source or damaged ones.
         OSError: the disk is full; what has been written counts.
         NonFiniteActivations: the model produced inf or nan.
     """
@@ -159,7 +151,7 @@ def _fill(folder: Path, cfg: dict[str, Any], store: ActivationsStore, site: Site
             try:
                 tokens = store.get_batch_tokens()
             except StopIteration as error:
-                raise _too_short(store) from error
+                raise too_short(store) from error
             if i < cfg["n_lm_batches"]:
                 continue
             acts = store.get_multi_hook_activations(tokens)
@@ -196,7 +188,7 @@ def _n_bytes(cfg: dict[str, Any]) -> int:
 
 
 def _check_sum(folder: Path, cfg: dict[str, Any]) -> None:
-    """Raises ValueError if the rows that ``cfg.json`` counts are not those that were written."""
+    """Raise ValueError if the rows that ``cfg.json`` counts are not those that were written."""
     checksum, left = 0, _n_bytes(cfg)
     if left and (folder / _PAIRS).exists():
         with (folder / _PAIRS).open("rb") as file:
@@ -227,11 +219,8 @@ def cached_pairs(
 
 
 def stored_pairs(folder: Path, n_tokens: int) -> Float[Tensor, "n_tokens d"]:
-    """The first n_tokens pairs in a folder of `cache_pairs`, in the text's order, left on disk.
-
-    Raises:
-        ValueError: it holds fewer.
-    """
+    """The first n_tokens pairs in a folder of `cache_pairs`, in the text's order, left on disk;
+    ValueError if it holds fewer."""
     cfg = _read_cache_cfg(folder)
     if cfg["n_tokens"] < n_tokens:
         raise ValueError(f"{folder} does not hold the activations of {n_tokens:,} tokens")
@@ -248,5 +237,4 @@ def _read_cache_cfg(folder: Path) -> dict[str, Any]:
 
 
 _PAIRS, _CACHE_CFG = "pairs.bin", "cfg.json"
-
 _EMPTY = {"n_tokens": 0, "n_lm_batches": 0, "width": 0, "dtype": "float32", "crc32": 0}

@@ -26,15 +26,8 @@ def load_labelled(
     n_texts: int = 1200,
     seed: int = 0,
 ) -> Dataset:
-    """About n_texts different texts, equally many of each class, shuffled.
-
-    Args:
-        source: one of `DEMO_LABELLED`, a data set `datasets` can load (``name`` or
-            ``name:config``), or a local .jsonl, .json, .parquet or .csv file.
-        split: of a hub data set.
-
-    Returns:
-        Columns ``text`` and ``label``, both strings.
+    """About n_texts different texts, equally many of each class, shuffled: columns ``text`` and
+    ``label``, both strings. The source is one of `DEMO_LABELLED`, or as in `load_text`.
 
     Raises:
         ValueError: it cannot be loaded, has no such column, or has too few texts of a class.

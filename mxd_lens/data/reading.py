@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
-from mxd_lens.data.activations import activations_store
+from mxd_lens.data.activations import activations_store, too_short
 from mxd_lens.data.text import Text
 from mxd_lens.fields import Count, check
 from mxd_lens.models.site import Hooks, Site
@@ -21,19 +21,15 @@ from mxd_lens.models.site import Hooks, Site
 
 @dataclass
 class Heldout:
-    """Held-out text as the language model reads it: made once, shared by many layers.
-
-    Args:
-        site: the MLP that is to be replaced.
-        tokens: token batches [batch, pos], each text once.
-        pairs: for each batch, input and output of the MLP at the non-special tokens.
-        n_sequences: sequences of these on which cross-entropies are taken.
-    """
+    """Held-out text as the language model reads it: made once, shared by many layers."""
 
     site: Site
     tokens: list[Int[Tensor, "batch pos"]]
+    """Each text once."""
     pairs: list[dict[str, Float[Tensor, "tokens d"]]]
+    """For each batch, input and output of the MLP at the non-special tokens."""
     n_sequences: int
+    """Sequences of these on which cross-entropies are taken."""
     shared: dict[str, float] = field(default_factory=dict)
     """Cross-entropies no layer takes part in, once they are known."""
 
@@ -66,7 +62,9 @@ def read_heldout(
         ValueError: the text is too short for a single batch.
     """
     check(Count, n_sequences=n_sequences, n_tokens=n_tokens, batch_size=batch_size)
-    store = _heldout_store(site, dataset, context_size, device, batch_size, autocast)
+    store = _heldout_store(
+        site, dataset, context_size, batch_size, device=device, autocast_lm=autocast
+    )
     batches = _token_batches(store, -(-n_tokens // (batch_size * (context_size - 1))))
     pairs = []
     for tokens in tqdm(batches, desc="Reading held-out text"):
@@ -76,31 +74,16 @@ def read_heldout(
 
 
 def check_heldout(site: Site, dataset: Text, *, context_size: int, batch_size: int = 16) -> None:
-    """Find out before any training whether `read_heldout` will have text enough.
-
-    Raises:
-        ValueError: it will not.
-    """
-    _token_batches(_heldout_store(site, dataset, context_size, "cpu", batch_size), 1)
+    """Raise ValueError, before any training, if `read_heldout` will not have text enough."""
+    store = _heldout_store(site, dataset, context_size, batch_size, device="cpu", autocast_lm=False)
+    _token_batches(store, 1)
 
 
 def _heldout_store(
-    site: Site,
-    dataset: Text,
-    context_size: int,
-    device: str,
-    batch_size: int,
-    autocast: bool = False,
+    site: Site, dataset: Text, context_size: int, batch_size: int, **how: Any
 ) -> ActivationsStore:
-    return activations_store(
-        site,
-        dataset,
-        context_size=context_size,
-        batch_size=batch_size * context_size,
-        lm_batch_size=batch_size,
-        device=device,
-        autocast_lm=autocast,
-    )
+    sizes = {"batch_size": batch_size * context_size, "lm_batch_size": batch_size}
+    return activations_store(site, dataset, context_size=context_size, **sizes, **how)
 
 
 def _token_batches(store: ActivationsStore, n: int) -> list[Int[Tensor, "batch pos"]]:
@@ -112,10 +95,7 @@ def _token_batches(store: ActivationsStore, n: int) -> list[Int[Tensor, "batch p
         except (StopIteration, RuntimeError):
             break
     if not batches:
-        raise ValueError(
-            f"the held-out text is too short: it has fewer than {store.store_batch_size_prompts} "
-            f"sequences of {store.context_size} tokens"
-        )
+        raise too_short(store, "held-out text")
     return batches
 
 
@@ -123,8 +103,7 @@ def _token_batches(store: ActivationsStore, n: int) -> list[Int[Tensor, "batch p
 class TextActivations:
     """What a language model computes for the non-special tokens of some texts; on the CPU.
 
-    One language-model pass serves any number of layers. 1,200 texts of 128 tokens at one hook
-    of width 576 are 350 MB in float32.
+    1,200 texts of 128 tokens at one hook of width 576 are 350 MB in float32.
     """
 
     at: dict[str, Float[Tensor, "tokens d"]]
@@ -145,11 +124,8 @@ def text_activations(
 ) -> TextActivations:
     """The MLP's input and output on the texts; the model is run no further.
 
-    Args:
-        texts: each read by itself, after a BOS token; special tokens are left out.
-        context_size: tokens of a text that are read, BOS included.
-        lm_batch_size: texts per pass of the language model.
-        autocast: run the language model in bfloat16 where that is safe.
+    Each is read by itself, context_size tokens of it at most, BOS included, and lm_batch_size of
+    them per pass of the language model. Special tokens are left out.
 
     Raises:
         ValueError: the model has no such hook, or a text has no non-special token.
@@ -191,11 +167,7 @@ def read_texts(
     """Run the model on tokenized texts, no further than the last hook, the longest first.
 
     Yields:
-        For each pass of the model: which texts it read, and by hook the activations of their
-        non-special tokens, one text after the other, on the model's device.
-
-    Raises:
-        ValueError: the model has no such hook.
+        For each pass of the model: which texts it read, and what `Site.read` gives of them.
     """
     # Texts of one length together: little padding, which goes to the right, where no causal
     # model sees it.

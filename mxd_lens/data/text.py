@@ -54,17 +54,12 @@ def load_text(
         )
     if not isinstance(first[text_column], str):
         raise ValueError(f"column {text_column!r} of {source} holds no text")
-    return dataset.select_columns(text_column).rename_columns(
-        {} if text_column == "text" else {text_column: "text"}
-    )
+    documents = dataset.select_columns(text_column)
+    return documents if text_column == "text" else documents.rename_column(text_column, "text")
 
 
 def read(source: str, split: str = "train", streaming: bool = False) -> Text:
-    """A hub data set (``name`` or ``name:config``) or a local file, with all its columns.
-
-    Raises:
-        ValueError: there is no such file, or `datasets` cannot load it.
-    """
+    """What `load_text` loads, but for the demo's, with all its columns; raises likewise."""
     reader = _FILE_READERS.get(Path(source).suffix)
     if reader is None:
         name, _, config = source.partition(":")

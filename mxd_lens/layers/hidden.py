@@ -23,18 +23,12 @@ from mxd_lens.layers.mlp import ACTIVATIONS, MLPWeights
 
 @dataclass(kw_only=True)
 class HiddenConfig(PairConfig):
-    """Of a layer with hidden units.
-
-    Args:
-        act_fn: activation of the hidden units, a key of `ACTIVATIONS`.
-        gated: whether the hidden layer is a GLU.
-
-    Raises:
-        ValueError: as `PairConfig`, or an unknown activation.
-    """
+    """Of a layer with hidden units. Raises as `PairConfig` does, and for an unknown activation."""
 
     act_fn: str = "silu"
+    """A key of `ACTIVATIONS`."""
     gated: bool = True
+    """Whether the hidden layer is a GLU."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -92,11 +86,7 @@ class HiddenUnits(PairLayer):
 
     @torch.no_grad()
     def copy_hidden_units(self, mlp: MLPWeights) -> None:
-        """Take the hidden units' weights from an MLP.
-
-        Raises:
-            ValueError: the MLP has other widths, kind or activation than this layer.
-        """
+        """Take an MLP's weights; ValueError if its widths, kind or activation are others."""
         theirs = (mlp.shape.d_in, mlp.shape.d_hidden), mlp.shape.gated, mlp.act_fn
         ours = (self.cfg.d_in, self.d_hidden), self.cfg.gated, self.cfg.act_fn
         if theirs != ours:

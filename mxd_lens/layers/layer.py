@@ -74,11 +74,7 @@ class Layer:
     def steering_directions(
         self, units: Int[Tensor, "n"], x: Float[Tensor, "tokens d_in"]
     ) -> Float[Tensor, "n d_out"]:
-        """What each unit writes to the output per unit of activation.
-
-        Args:
-            x: a sample of the layer's inputs, for layers where that depends on the token.
-        """
+        """What each unit writes per unit of activation; on a sample x, where it depends on that."""
         return self.sae.W_dec[units].clone()
 
     @torch.no_grad()

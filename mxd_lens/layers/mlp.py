@@ -61,11 +61,8 @@ class MLPWeights:
 
 @torch.no_grad()
 def read_mlp(mlp: nn.Module) -> MLPWeights:
-    """Weights of a HookedTransformer's or TransformerBridge's MLP.
-
-    Raises:
-        ValueError: the module is neither an MLP nor a GLU, or has an unknown activation.
-    """
+    """Weights of a HookedTransformer's or TransformerBridge's MLP; ValueError for a module that is
+    neither an MLP nor a GLU, or has an unknown activation."""
     try:
         W_in, W_out = mlp.W_in, mlp.W_out
     except (AttributeError, RuntimeError) as error:

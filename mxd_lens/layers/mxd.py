@@ -45,12 +45,7 @@ _N_FIRING = 32  # tokens over which what an expert writes is averaged
 
 @dataclass(kw_only=True)
 class MxDConfig(HiddenConfig):
-    """Shape of an MxD; the fields a layer needs at inference, `HiddenConfig`'s among them.
-
-    Args:
-        d_hidden: width of the dense hidden units.
-        k: experts active per token, 1 <= k <= d_sae.
-    """
+    """Shape of an MxD: `HiddenConfig`'s fields, width of the hidden units, experts per token."""
 
     d_hidden: int
     k: int = 32
@@ -63,11 +58,9 @@ class MxDConfig(HiddenConfig):
 class MxD(SparseLayer, HiddenUnits):
     """A Mixture of Decoders for inference: an MLP to TransformerLens, an SAE to SAELens.
 
-    Parameters (``cfg.dtype``):
-        W_enc [d_in, d_sae], b_enc [d_sae]: the experts' gate.
-        W_dec [d_sae, d_out]: one row ``c_n`` per expert.
-        Those of `HiddenUnits`.
-        W_shared [d_hidden, d_out], b_dec [d_out]: the decoder all experts share, the output bias.
+    Parameters (``cfg.dtype``): those of `HiddenUnits`; the experts' gate, W_enc [d_in, d_sae] and
+    b_enc [d_sae]; W_dec [d_sae, d_out]; what all experts share, W_shared [d_hidden, d_out]; b_dec
+    [d_out].
 
     Hook points, in the order they fire: ``hook_in`` (``hook_sae_input``), ``hook_sae_acts_pre``
     [.., d_sae], ``hook_codes`` (a `SparseCodes`), ``hook_sae_acts_post`` [.., d_sae],
@@ -96,8 +89,8 @@ class MxD(SparseLayer, HiddenUnits):
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
-        """As the reference: linear layers uniform in +-1/sqrt(fan_in), W_shared = 0 so that
-        the output starts at b_dec = 0, rows of W_dec uniform and scaled to unit norm."""
+        """As the reference: linear layers uniform in +-1/sqrt(fan_in), W_shared and biases zero,
+        rows of W_dec uniform and scaled to unit norm."""
         super().initialize_weights()
         self.initialize_hidden_units()
         self.W_shared = nn.Parameter(self._zeros(self.cfg.d_hidden, self.cfg.d_out))
@@ -110,10 +103,7 @@ class MxD(SparseLayer, HiddenUnits):
         return self.hook_sae_recons(experts * shared + self.b_dec)
 
     def expert_weights(self, n: int) -> Float[Tensor, "d_hidden d_out"]:
-        """Expert n's linear map of the hidden units, ``W_n = W_shared diag(W_dec[n])``.
-
-        Its rank is that of W_shared where ``W_dec[n]`` has no zero entry (paper, lemma 1).
-        """
+        """Expert n's linear map of the hidden units, ``W_n = W_shared diag(W_dec[n])``."""
         return self.W_shared * self.W_dec[n]
 
     @classmethod
@@ -125,8 +115,7 @@ class MxD(SparseLayer, HiddenUnits):
     def steering_directions(
         self, units: Int[Tensor, "n"], x: Float[Tensor, "tokens d_in"]
     ) -> Float[Tensor, "n d_out"]:
-        """``W_dec[n] * (z W_shared)``, which depends on the token: its mean over the 32 tokens of
-        x with that expert's largest gate."""
+        """``W_dec[n] * (z W_shared)``: its mean over the 32 tokens of x with the largest gate."""
         W_dec, x = self.W_dec[units], x.to(self.dtype)
         shared = torch.cat([self.hidden(part) @ self.W_shared for part in x.split(1024)])
         n = min(_N_FIRING, len(x))
@@ -157,10 +146,9 @@ class MxD(SparseLayer, HiddenUnits):
     def ranks(self) -> tuple[Int[np.ndarray, "d_sae"], Float[np.ndarray, "d_sae"]]:
         """Of ``W_shared diag(W_dec[n])``, see `Layer.ranks`.
 
-        An expert has W_shared's rank where ``W_dec[n]`` has no zero (paper, lemma 1), and is
-        computed otherwise. With ``G = W_shared^T W_shared`` and ``c = W_dec[n]``,
-        ``sum s^2 = c^2 diag(G)`` and ``sum s^4 = c^2 (G * G) c^2``, so that no expert needs a
-        decomposition.
+        An expert has W_shared's rank where ``W_dec[n]`` has no zero (paper, lemma 1). With
+        ``G = W_shared^T W_shared`` and ``c = W_dec[n]``, ``sum s^2 = c^2 diag(G)`` and
+        ``sum s^4 = c^2 (G * G) c^2``: no effective rank needs a decomposition.
         """
         W_shared, square = self.W_shared.cpu().double(), self.W_dec.cpu().double().square()
         gram = W_shared.T @ W_shared
@@ -175,15 +163,8 @@ class MxD(SparseLayer, HiddenUnits):
     @classmethod
     @torch.no_grad()
     def from_mlp(cls, mlp: nn.Module, d_sae: int = 1, k: int = 1) -> MxD:
-        """The MxD that computes exactly what this MLP or GLU does: ``a W_dec = 1`` everywhere.
-
-        Args:
-            mlp: ``model.blocks[L].mlp`` of a HookedTransformer or a TransformerBridge.
-            d_sae, k: the first k experts are always on, each a k-th of the layer.
-
-        Raises:
-            ValueError: the module is neither an MLP nor a GLU, or has an unknown activation.
-        """
+        """The MxD that computes exactly what ``model.blocks[L].mlp`` does: ``a W_dec`` is 1, and
+        the first k experts are always on, each a k-th of the layer. Raises as `read_mlp` does."""
         weights = read_mlp(mlp)
         dtype, device = dtype_to_str(weights.W_in.dtype), str(weights.W_in.device)
         shape: dict[str, Any] = asdict(weights.shape) | {"d_sae": d_sae, "k": k}
@@ -199,15 +180,11 @@ class MxD(SparseLayer, HiddenUnits):
 
 @dataclass(kw_only=True)
 class TrainingMxDConfig(MxDConfig, TrainingPairConfig):
-    """`MxDConfig`'s fields and the recipe's.
-
-    Args:
-        aux_loss_coefficient: weight of a linear reconstruction from the activations alone, by a
-            decoder that is discarded on save. It keeps the experts from becoming idle where the
-            dense part does nearly all of the work.
-    """
+    """`MxDConfig`'s fields and the recipe's."""
 
     aux_loss_coefficient: float = 0.3
+    """Weight of a linear reconstruction from the activations alone, by a decoder that is discarded
+    on save. It keeps experts from becoming idle where the dense part does nearly all the work."""
 
 
 class TrainingMxD(MxD, TrainingSparseLayer):
@@ -238,13 +215,8 @@ class TrainingMxD(MxD, TrainingSparseLayer):
     def init_from(
         self, mlp: MLPWeights, x: Float[Tensor, "batch d_in"], y: Float[Tensor, "batch d_out"]
     ) -> None:
-        """Copy the MLP's hidden units; centre the gate on the sample's inputs.
-
-        W_shared stays zero. The gate's scale is set such that ``a W_dec`` has entries of size one.
-
-        Raises:
-            ValueError: the MLP does not fit the layer.
-        """
+        """Copy the MLP's hidden units; centre the gate on the sample's inputs, and scale it such
+        that ``a W_dec`` has entries of size one. ValueError if the MLP does not fit the layer."""
         self.copy_hidden_units(mlp)
         self.gate_mean.copy_(x.mean(0))
         codes = self.gate(x.to(self.dtype))
@@ -253,11 +225,10 @@ class TrainingMxD(MxD, TrainingSparseLayer):
 
     @torch.no_grad()
     def normalize_decoder(self) -> None:
-        """Re-normalise rows of W_dec and columns of W_enc, before each step.
+        """Norm rows of W_dec and columns of W_enc, before each step.
 
         Rows are centred first: what all of them share would make ``a W_dec`` constant and the
-        choice of experts idle. Norming brings a little of it back, so repeated calls settle
-        rather than stand still.
+        choice of experts idle. Norming brings a little of it back, so repeated calls settle.
         """
         self.W_dec.sub_(self.W_dec.mean(0))
         to_unit_norm_(self.W_enc, 0)
@@ -275,9 +246,8 @@ class TrainingMxD(MxD, TrainingSparseLayer):
             codes = self._pick(rank.reshape(-1, rank.shape[-1]).split(chunk_size), batch)
             return codes.with_values(picked_from(scaled, codes).relu())
         codes = self._pick(pre_activation_chunks(*gate, chunk_size=chunk_size), batch)
-        values = gate_values(
-            codes.values, codes.indices, *gate, counts=codes.counts, unit_norm=True
-        )
+        chosen = codes.values, codes.indices
+        values = gate_values(*chosen, *gate, counts=codes.counts, unit_norm=True)
         return codes.with_values(values * scale)
 
     def losses(self, y_hat: Tensor, y: Tensor, codes: Codes) -> dict[str, Tensor]:

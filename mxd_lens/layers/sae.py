@@ -19,11 +19,7 @@ from mxd_lens.layers.mlp import MLPShape
 
 
 class SAELensLayer(Layer):
-    """Any layer of SAELens' that it saves: its activations are what its ``encode`` gives.
-
-    Args:
-        sae: the module.
-    """
+    """Any layer of SAELens' that it saves: its activations are what its ``encode`` gives."""
 
     def __init__(self, sae: Any):
         self._sae = sae

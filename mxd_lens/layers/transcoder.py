@@ -17,23 +17,14 @@ import torch
 from sae_lens.registry import register_sae_class, register_sae_training_class
 from torch import Tensor, nn
 
-from mxd_lens.layers.base import (
-    PairConfig,
-    SparseLayer,
-    TrainingPairConfig,
-    TrainingSparseLayer,
-)
+from mxd_lens.layers.base import PairConfig, SparseLayer, TrainingPairConfig, TrainingSparseLayer
 from mxd_lens.layers.codes import Codes
 from mxd_lens.layers.mlp import MLPShape
 
 
 @dataclass(kw_only=True)
 class TopKTranscoderConfig(PairConfig):
-    """Shape of a TopK transcoder: `PairConfig`'s fields and k.
-
-    Args:
-        k: units active per token, 1 <= k <= d_sae.
-    """
+    """Shape of a TopK transcoder: `PairConfig`'s fields and k, units active per token."""
 
     k: int = 32
 

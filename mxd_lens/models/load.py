@@ -19,16 +19,13 @@ DEMO_MODEL = "demo:smollm2"
 def load_model(
     name: str, model_class: ModelClass = "TransformerBridge", device: str = "cpu"
 ) -> Any:
-    """A language model SAEs can be attached to, weights unprocessed.
+    """A language model SAEs can be attached to, weights unprocessed; ValueError if there is none.
 
     Args:
         name: a model on the Hugging Face hub, a local folder with one, or ``demo:smollm2``,
             SmolLM2-135M-Instruct from the package index.
         model_class: a SAETransformerBridge, or the older HookedSAETransformer, which reads no
             folder.
-
-    Raises:
-        ValueError: the model cannot be loaded.
     """
     bridged = model_class == "TransformerBridge"
     if name == DEMO_MODEL:
@@ -48,13 +45,8 @@ def load_model(
 
 
 def bfloat16_is_fast(device: str | None = None) -> bool:
-    """True if autocast to bfloat16 saves time: not on a CPU that has no instructions for it.
-
-    There a product takes 40 times as long as in float32.
-
-    Args:
-        device: by default, CUDA's where there is one.
-    """
+    """True if autocast to bfloat16 saves time: not on a CPU that has no instructions for it, where
+    a product takes 40 times as long as in float32. By default of CUDA where there is one."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if torch.device(device).type == "cpu":

@@ -26,39 +26,27 @@ Hooks = tuple[str, str]
 
 @dataclass(frozen=True)
 class Site:
-    """Where a layer stands in for an MLP: looked up once, by `at` or `of`, and passed on.
-
-    Args:
-        model: the language model.
-        layer: which of its MLPs, counted from 0.
-        hook_in, hook_out: hook points of what a layer reads and of where its output belongs.
-        special: ids of the tokens that are left out everywhere.
-    """
+    """Where a layer stands in for an MLP: looked up once, by `at` or `of`, and passed on."""
 
     model: Any
     layer: int
     hook_in: str
+    """What the layer reads."""
     hook_out: str
+    """Where its output belongs."""
     special: Int[Tensor, "n_special"]
+    """Ids of the tokens that are left out everywhere."""
 
     @classmethod
     def at(cls, model: Any, layer: int) -> Site:
-        """The MLP of a layer.
-
-        Raises:
-            ValueError: no such layer, no MLP there, or a model that does not hook it.
-        """
+        """The MLP of a layer; ValueError if there is none, or the model does not hook it."""
         restore_hook_names(model)
         return cls(model, layer, *_mlp_hooks(model, layer), special_tokens(model))
 
     @classmethod
     def of(cls, model: Any, sae: SAE[Any]) -> Site:
-        """Where a trained layer belongs, hook names of both restored.
-
-        Raises:
-            ValueError: its metadata does not say, or the model's weights were processed otherwise
-                than those it was trained on.
-        """
+        """Where a trained layer belongs, hook names of both restored; ValueError if its metadata
+        does not say, or see `check_norms`."""
         check_norms(model, sae.cfg.metadata, "this layer")
         sae.setup()  # a model that it was attached to has left its own names on the hook points
         restore_hook_names(model)
@@ -72,11 +60,7 @@ class Site:
 
     @cached_property
     def mlp(self) -> MLPWeights:
-        """The MLP's weights.
-
-        Raises:
-            ValueError: it is neither an MLP nor a GLU, or has an unknown activation.
-        """
+        """The MLP's weights, see `read_mlp`."""
         return read_mlp(get_mlp(self.model, self.layer))
 
     def non_special(self, tokens: Int[Tensor, "*batch"]) -> Bool[Tensor, "*batch"]:
@@ -88,19 +72,13 @@ class Site:
     ) -> dict[str, Float[Tensor, "tokens d"]]:
         """Activations by hook name at the non-special tokens, one text after the other."""
         kept = self.non_special(tokens)
-        return {hook: acts[hook][kept.to(acts[hook].device)] for hook in dict.fromkeys(acts)}
+        return {hook: of_hook[kept.to(of_hook.device)] for hook, of_hook in acts.items()}
 
     def read(
         self, tokens: Int[Tensor, "batch pos"], hooks: Hooks | tuple[str], *, autocast: bool = False
     ) -> dict[str, Float[Tensor, "tokens d"]]:
-        """One pass of the model, no further than the last of these hooks, see `kept`.
-
-        Args:
-            autocast: run the model in bfloat16 where that is safe.
-
-        Raises:
-            ValueError: the model has no such hook.
-        """
+        """One pass of the model, no further than the last of these hooks, see `kept`; ValueError
+        if the model lacks one."""
         stops = [extract_stop_at_layer_from_tlens_hook_name(hook) for hook in hooks]
         device = torch.device(self.model.cfg.device)
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=autocast):
@@ -153,11 +131,8 @@ def special_tokens(model: Any) -> Int[Tensor, "n_special"]:
 
 
 def hooks_of(sae: SAE[Any]) -> Hooks:
-    """Where a layer reads and where its output belongs: one and the same for an SAE.
-
-    Raises:
-        ValueError: its metadata does not say.
-    """
+    """Where a layer reads and where its output belongs, the same for an SAE; ValueError if its
+    metadata does not say."""
     metadata = sae.cfg.metadata
     if not metadata.hook_name:
         raise ValueError("sae.cfg.metadata must say hook_name: which activations it was trained on")

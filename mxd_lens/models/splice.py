@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from functools import partial
-from types import TracebackType
 from typing import Any
 
 from sae_lens.saes.sae import SAE, SAEMetadata
@@ -35,14 +34,12 @@ class splice:
     has nothing of spliced layers: save them by themselves.
 
     Args:
-        model: the language model.
         layers: the replacement for each layer's MLP: a module [.., d_model] -> [.., d_model].
 
     Raises:
-        ValueError: not a module, one at two layers, a layer that does not exist or has no MLP of
-            its own, whose width is not the module's ``cfg.d_in``/``cfg.d_out``, or whose inputs
-            are not those the module was trained on (`has_folded_norms`). Nothing has been
-            replaced then.
+        ValueError: not a module, one at two layers, a layer that `get_mlp` refuses, of another
+            width than the module's cfg has, or whose inputs are not those the module was trained
+            on (`has_folded_norms`). Nothing has been replaced then.
     """
 
     def __init__(self, model: Any, layers: Mapping[int, nn.Module]):
@@ -71,22 +68,13 @@ class splice:
     def __enter__(self) -> splice:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.restore()
 
 
 def get_mlp(model: Any, layer: int) -> nn.Module:
-    """``model.blocks[layer].mlp``.
-
-    Raises:
-        ValueError: the model has no such layer, no MLP there, or none that can be told from the
-            rest of the layer.
-    """
+    """``model.blocks[layer].mlp``; ValueError if there is no such layer, no MLP there, or none that
+    can be told from the rest of the layer."""
     n_layers = len(model.blocks)
     if not 0 <= layer < n_layers:
         raise ValueError(f"no layer {layer}: this model has layers 0 to {n_layers - 1}")
@@ -95,12 +83,12 @@ def get_mlp(model: Any, layer: int) -> nn.Module:
         raise ValueError(f"layer {layer} of this model has no MLP")
     if isinstance(mlp, GeneralizedComponent):
         original: Any = mlp.original_component
-        why = None
+        why = ""
         if mlp.name is None:
             why = "is no module of its own"
         elif "residual" in inspect.signature(original.forward).parameters:
             why = "adds the residual stream to its output"
-        if why is not None:
+        if why:
             raise ValueError(
                 f"a TransformerBridge cannot hook or replace the MLP of layer {layer}, which in a "
                 f"{type(original).__name__} {why}; load the model as a HookedTransformer, by its "
@@ -117,11 +105,7 @@ def has_folded_norms(model: Any) -> bool:
 
 
 def check_norms(model: Any, metadata: SAEMetadata, what: str) -> None:
-    """Refuse a layer whose inputs this model does not have, see `has_folded_norms`.
-
-    Raises:
-        ValueError: it was trained on weights that were processed otherwise.
-    """
+    """Raise ValueError for a layer trained on weights that were processed otherwise than these."""
     trained_on, here = bool(metadata.norms_folded), has_folded_norms(model)
     if metadata.model_name is not None and trained_on != here:
         state = {True: "processed (norms folded in)", False: "unprocessed"}
@@ -189,14 +173,7 @@ def _check_fits(model: Any, layer: int, module: nn.Module) -> None:
 def _replace(
     model: Any, layer: int, module: nn.Module, hooks: dict[str, HookPoint] | None = None
 ) -> tuple[nn.Module, dict[str, HookPoint]]:
-    """Replace an MLP, the model's hook registry following.
-
-    Args:
-        hooks: the module's entries in a bridge's registry, where they are known.
-
-    Returns:
-        The old MLP, and its entries in a bridge's registry.
-    """
+    """Replace an MLP, its entries in a bridge's registry included; the old ones of both."""
     block = model.blocks[layer]
     old = get_mlp(model, layer)
     if isinstance(model, HookedTransformer):

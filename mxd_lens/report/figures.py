@@ -105,11 +105,8 @@ def _frontier(
 
 
 def probes(frame: pd.DataFrame, data: str) -> go.Figure:
-    """F1 of sparse probes on one data set; a guess that reads no feature is a line.
-
-    Args:
-        frame: `probing.summarise`'s rows, with ``data``, and ``n_features`` as ordered text.
-    """
+    """F1 of sparse probes on one data set; a guess that reads no feature is a line. The frame has
+    `probing.summarise`'s rows, with ``data``, and ``n_features`` as ordered text."""
     frame = _drawn(frame)
     rows, colours = frame[frame["data"] == data], _colours(frame)
     guess = rows["n_features"] == "0"
@@ -129,12 +126,7 @@ def probes(frame: pd.DataFrame, data: str) -> go.Figure:
 
 def steering(frame: pd.DataFrame, unsteered: dict[str, float]) -> go.Figure:
     """Coherence of steered samples against their perplexity: points for an expert at a strength,
-    lines through the medians of each strength.
-
-    Args:
-        frame: ``expert``, ``strength``, ``coherence``, ``perplexity``, ``samples``.
-        unsteered: coherence and perplexity of the language model left alone.
-    """
+    lines through the medians of each strength, a star for the language model left alone."""
     scores = ["perplexity", "coherence"]
     frame = _drawn(frame.assign(sample=frame["samples"].str[0].fillna("").map(_wrapped)))
     medians = frame.groupby(["layer", "strength"], as_index=False)[scores].median()

@@ -30,10 +30,8 @@ from mxd_lens.runs.results import Experts, Probes, Row, Steering, plain, read, r
 def write_comparison_page(results: Path) -> None:
     """The numbers of a comparison that matter, its figures and tables, a browser of experts.
 
-    Args:
-        results: the comparison's ``results.json``; the page goes beside it. The experts are
-            those of a layer that the page opens with, if ``experts.json`` is in its run's
-            folder, or else of the first layer that has one.
+    The page goes beside the comparison's ``results.json``. The experts are those of a layer that
+    it opens with, if ``experts.json`` is in its run's folder, or else of the first layer with one.
 
     Raises:
         ValueError: a file is none of ours.
@@ -58,22 +56,16 @@ def write_comparison_page(results: Path) -> None:
 
 
 def write_run_page(path: Path, row: dict[str, Any], density: Float[Tensor, "d_sae"] | None) -> None:
-    """One layer's numbers as a table, and figures; of a layer without experts, not how
-    units fire."""
+    """One layer's numbers as a table, and figures: how units fire, only if it has experts."""
     firing = [] if density is None else [figures.firing(density)]
     _write(path, "run.html", row, figures=[figures.losses(row), *firing], data=None)
 
 
 def write_report(run: Path) -> Path:
-    """Write ``report.html`` into a run's folder, from the results that are there.
+    """Write ``report.html`` into a run's folder, this path, from the results that are there.
 
-    Args:
-        run: output folder of `train`, or a run's folder within a comparison: then the page also
-            shows the comparison, and probes and steering of the runs that have the same k and
-            seed. What has not been measured is a sentence that says how to.
-
-    Returns:
-        Where it is.
+    In a comparison, the page also shows that, and probes and steering of the runs that have the
+    same k and seed. What has not been measured is a sentence that says how to.
 
     Raises:
         ValueError: the folder holds no finished run, or a file in it is none of ours.
@@ -87,7 +79,9 @@ def write_report(run: Path) -> Path:
     alike = [folder, *(path for path in alike if path != folder)]
     experts = _read(run / "experts.json", Experts)
     probed = _read_all(alike, "probe.json", Probes)
-    reads = [read for file in probed for read in file["rows"] if _who(read) == this]
+    who = ("architecture", "k", "run_seed")
+    rows = [of_probe for file in probed for of_probe in file["rows"]]
+    reads = [of_probe for of_probe in rows if tuple(of_probe[name] for name in who) == this]
     scores = _scores(probed, row["k"])
     steered = _read_all(alike, "steering.json", Steering)
     path = run / "report.html"
@@ -171,11 +165,8 @@ def _finished(run: Path) -> dict[str, Any]:
 
 def _rows(folder: Path) -> dict[Path, dict[str, Any]]:
     """The runs of a comparison that have been measured."""
-    return {
-        path.parent: row
-        for path in sorted(folder.glob("*/results.json"))
-        for row in read_rows(path)
-    }
+    paths = sorted(folder.glob("*/results.json"))
+    return {path.parent: row for path in paths for row in read_rows(path)}
 
 
 def _read(path: Path, kind: Any) -> Any:
@@ -190,7 +181,6 @@ def _read_all(folders: list[Path], name: str, kind: Any) -> list[Any]:
 
 
 def _has_experts(row: dict[str, Any]) -> bool:
-    """False for a dense control, of which no unit is sparsely active."""
     return row["l0"] is not None
 
 
@@ -211,17 +201,13 @@ def _described(folder: Path, opening: list[dict[str, Any]]) -> tuple[str, dict[s
     runs = [(row, run / "experts.json") for run, row in _rows(folder).items()]
     runs = [(row, path) for row, path in runs if path.exists()]
     runs.sort(key=lambda run: [run[0][name] for name in names] not in opened)
-    for row, path in runs[:1]:
-        return f"{layer_label(row)}, seed {row.get('seed')}", _read(path, Experts)
-    return "", None
+    if not runs:
+        return "", None
+    row, path = runs[0]
+    return f"{layer_label(row)}, seed {row['seed']}", _read(path, Experts)
 
 
 # Probes and steering
-
-
-def _who(row: dict[str, Any]) -> tuple[str, int | None, int | None]:
-    """Which layer a probe read."""
-    return row["architecture"], row["k"], row["run_seed"]
 
 
 _METHOD = ["data", "layer", "k", "run_seed"]
@@ -258,25 +244,19 @@ def _steering(files: list[dict[str, Any]]) -> list[go.Figure]:
     """A figure of the runs that were steered alike, if any was."""
     names = ("edit", "prompt", "n_samples", "n_tokens", "temperature", "seed")
     alike = [file for file in files if all(file[name] == files[0][name] for name in names)]
-    rows = [
-        row | {"layer": method_label(row["architecture"])} for file in alike for row in file["rows"]
-    ]
-    return [figures.steering(pd.DataFrame(rows), files[0]["unsteered"])] if rows else []
+    frame = pd.DataFrame([row for file in alike for row in file["rows"]])
+    if frame.empty:
+        return []
+    frame["layer"] = frame["architecture"].map(method_label)
+    return [figures.steering(frame, files[0]["unsteered"])]
 
 
 # What the browser of experts reads
 
 
 def _chosen(reads: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each class, the experts that probes of it read, best first.
-
-    Args:
-        reads: `probe`'s rows of one layer, with ``data``.
-
-    Returns:
-        ``data``, ``class`` and ``experts``: [id, best rank, number of features of the smallest
-        probe that reads it, mean F1 of such probes].
-    """
+    """For each class, the experts that probes of one layer read, best first: [id, best rank, number
+    of features of the smallest probe that reads it, mean F1 of such probes]."""
     names = ["data", "class", "features", "n_features", "f1"]
     frame = pd.DataFrame(reads, columns=names).dropna(subset="features").explode("features")
     frame = frame.astype({"features": int, "n_features": int})

@@ -51,11 +51,7 @@ Table = tuple[list[str], list[list[str]]]
 
 
 def method_label(method: str) -> str:
-    """Reader's name of an architecture, or of a probe's baseline, which has no other.
-
-    Raises:
-        ValueError: it is neither.
-    """
+    """Reader's name of an architecture, or of a probe's baseline; ValueError for neither."""
     return method if method in BASELINES else label(method)
 
 

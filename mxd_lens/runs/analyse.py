@@ -35,7 +35,7 @@ from mxd_lens.analysis.steering import (
     steering_directions,
 )
 from mxd_lens.data.labelled import DEMO_LABELLED, load_labelled
-from mxd_lens.data.reading import read_heldout
+from mxd_lens.data.reading import read_heldout, text_activations
 from mxd_lens.data.text import Text, read
 from mxd_lens.fields import Count, EachOnce, Finite, Index, Name, PathStr, config
 from mxd_lens.files import locked
@@ -44,7 +44,6 @@ from mxd_lens.models.load import load_model
 from mxd_lens.models.site import Site
 from mxd_lens.runs import results
 from mxd_lens.runs.claims import check_sources
-from mxd_lens.runs.compare import mlp_activations
 from mxd_lens.runs.config import (
     OtherText,
     Sampling,
@@ -52,6 +51,7 @@ from mxd_lens.runs.config import (
     TrainConfig,
     field_names,
     finished_runs,
+    values,
 )
 from mxd_lens.runs.fingerprint import text_fingerprint
 from mxd_lens.runs.results import Parts, ResultsFile, load_layer, read_layer_file
@@ -70,13 +70,9 @@ class AnalysisConfig:
     """Only the layers with this many active units."""
 
     def runs(self) -> list[TrainConfig]:
-        """The finished runs in question.
-
-        Raises:
-            ValueError: there are none, or they are of more than one MLP or read it differently.
-        """
-        runs = finished_runs(Path(self.run))
-        runs = [run for run in runs if self.k in (None, run.identity["k"])]
+        """The finished runs in question, see `finished_runs`; ValueError if there are none."""
+        finished = finished_runs(Path(self.run))
+        runs = [run for run in finished if self.k in (None, run.identity["k"])]
         if not runs:
             raise ValueError(f"{self.run} holds no finished layer with k={self.k}")
         return runs
@@ -84,21 +80,14 @@ class AnalysisConfig:
     def settings(self) -> dict[str, Any]:
         """What the results depend on."""
         own = field_names(type(self)) - field_names(AnalysisConfig)
-        return {name: getattr(self, name) for name in sorted(own)}
+        return values(self, sorted(own))
 
 
 @contextmanager
 def _files(
     cfg: AnalysisConfig, name: str, kind: type[Any], asked: Callable[[TrainConfig], Parts]
 ) -> Iterator[list[tuple[TrainConfig, ResultsFile[Any]]]]:
-    """The results file of every run in question, as the only process in their folders.
-
-    Layers without experts are left out, which is said.
-
-    Raises:
-        ValueError: no layer is left, another process is at work, or a file is none of ours or was
-            made otherwise than is asked for.
-    """
+    """The results file of every run whose layer has experts, while the runs' folders are locked."""
     runs = []
     for run in cfg.runs():
         layer = answers(run.architecture)
@@ -156,16 +145,17 @@ def run_probe(cfg: ProbeConfig) -> list[Path]:
     """Sparse probes of the layers, beside the MLP's own neurons and a majority guess.
 
     Returns:
-        ``probe.json`` in each run's folder, a `Probes`. Data sets that are there already are kept.
+        ``probe.json`` in each run's folder, a `Probes`. Data sets that it has are kept.
 
     Raises:
         ValueError: no such layers or labelled text, or probes there that were asked for otherwise.
     """
-    how = {name: value for name, value in cfg.settings().items() if name != "data"}
+    how = cfg.settings()
+    del how["data"]
     asked: Parts = {data: how | _of_file(data) for data in cfg.data}
     with _files(cfg, "probe.json", results.Probes, lambda run: asked) as files:
         missing = {data: [each for each in files if data in each[1].missing] for data in cfg.data}
-        load = {name: value for name, value in how.items() if name in _LABELLED}
+        load = values(cfg, ("text_column", "label_column", "n_texts"))
         labelled = {
             data: load_labelled(data, split=cfg.dataset_split, **load)
             for data in cfg.data
@@ -175,18 +165,19 @@ def run_probe(cfg: ProbeConfig) -> list[Path]:
         for data, texts in labelled.items():
             some = missing[data][0][0]
             site = site or _load_site(some)
-            activations = mlp_activations(some, site, texts["text"])
-            probed = partial(_probed, data, labels=texts["label"], n_splits=cfg.n_splits)
+            activations = text_activations(site, texts["text"], **some.reading_texts)
+            probed = partial(_probed, labels=texts["label"], n_splits=cfg.n_splits)
             print(f"\n{data}: the MLP's neurons", flush=True)
             neurons = pool_neurons(site, activations)
-            baselines = probed("majority", None, None, neurons, n_features=[0])
-            baselines += probed("neurons", None, None, neurons)
+            baselines = probed((data, "majority", None, None), neurons, n_features=[0])
+            baselines += probed((data, "neurons", None, None), neurons)
             about = results.ProbedData(asked=asked[data], classes=sorted(set(texts["label"])))
             for run, file in missing[data]:
                 print(f"\n{data}: {run}", flush=True)
                 sae = load_layer(run.layer_path, run.device)
                 features = pool_layer(sae, activations)
-                rows = baselines + probed(run.architecture, run.identity["k"], run.seed, features)
+                who = data, run.architecture, run.identity["k"], run.seed
+                rows = baselines + probed(who, features)
                 before = file.value or results.Probes(datasets={}, rows=[], summary=[])
                 file.save(
                     results.Probes(
@@ -199,21 +190,16 @@ def run_probe(cfg: ProbeConfig) -> list[Path]:
 
 
 def _probed(
-    data: str,
-    architecture: str,
-    k: float | None,
-    run_seed: int | None,
+    who: tuple[Any, ...],
     features: Features,
     labels: Sequence[str],
     n_splits: int,
-    n_features: Sequence[int | None] = (1, 2, 5, None),
+    **n_features: Any,
 ) -> list[dict[str, Any]]:
-    who = dict(zip(_WHO, (data, architecture, k, run_seed), strict=True))
-    splits = [probe(features, labels, n_features=n_features, seed=i) for i in range(n_splits)]
-    return [who | row for rows in splits for row in rows]
+    splits = [probe(features, labels, seed=i, **n_features) for i in range(n_splits)]
+    return [dict(zip(_WHO, who, strict=True)) | row for rows in splits for row in rows]
 
 
-_LABELLED = ("text_column", "label_column", "n_texts")
 _WHO = ("data", "architecture", "k", "run_seed")
 
 
@@ -263,19 +249,19 @@ class ExpertsConfig(AnalysisConfig, OtherText, Sampling):
 
 
 def run_experts(cfg: ExpertsConfig) -> list[Path]:
-    """Describe every live expert of the layers: ``experts.json`` in each run's folder.
+    """Describe every live expert of the layers.
 
     Returns:
-        These files, each an `Experts`. What there is of a file, its contexts, effects on logits and
-        samples, is kept.
+        ``experts.json`` in each run's folder, an `Experts`. What it has of contexts, effects on
+        logits and samples is kept.
 
     Raises:
         ValueError: no such layers or text, or a file that was asked for otherwise.
     """
     contexts = cfg.settings() | _of_file(cfg.dataset)
     effects = {"effect_strength": contexts.pop("effect_strength")}
-    samples = {name: contexts.pop(name) for name in ("sample_strength", "prompt", "temperature")}
-    samples["sample_tokens"] = contexts.pop("sample_tokens")
+    sampled = ("sample_strength", "prompt", "temperature", "sample_tokens")
+    samples = {name: contexts.pop(name) for name in sampled}
     asked: Parts = {"contexts": contexts}
     asked |= {"effects": effects} if cfg.effect_strength else {}
     asked |= {"samples": samples} if cfg.sample_strength else {}
@@ -287,10 +273,8 @@ def run_experts(cfg: ExpertsConfig) -> list[Path]:
             print(f"\n{run}", flush=True)
             sae = load_layer(run.layer_path, run.device)
             site = site or _load_site(run)
-            made, sampled = {}, {}
-            if file.value is not None:
-                made = file.value.asked
-                sampled = {expert.id: expert.sample for expert in file.value.experts}
+            made = file.value.asked if file.value else {}
+            written = {e.id: e.sample for e in file.value.experts} if file.value else {}
             x, y_norm = layer_sample(site.model, sae, run)
             directions = steering_directions(sae, range(sae.cfg.d_sae), x)
             effect = None
@@ -302,15 +286,13 @@ def run_experts(cfg: ExpertsConfig) -> list[Path]:
                     sae,
                     _documents(run)[0] if cfg.dataset is None else cfg.load(),
                     n_tokens=cfg.n_tokens,
-                    context_size=run.context_size,
-                    lm_batch_size=run.lm_batch_size,
                     directions=effect,
-                    autocast=run.autocast,
+                    **run.reading_texts,
                     embed=partial(embed, device=run.device),
                     seed=cfg.seed,
                 )
                 for expert in found["experts"]:
-                    expert["sample"] = sampled.get(expert["id"])
+                    expert["sample"] = written.get(expert["id"])
                 of_it = {part: asked[part] for part in asked if part != "samples"}
                 found |= {"asked": made | of_it, "dataset": cfg.dataset or run.dataset}
                 file.save(results.Experts(**found))
@@ -348,10 +330,10 @@ class SteerConfig(AnalysisConfig, Sampling):
 
 
 def run_steer(cfg: SteerConfig) -> list[Path]:
-    """Steer units of the layers and judge what the model writes: ``steering.json`` in each run.
+    """Steer units of the layers and judge what the model writes.
 
     Returns:
-        These files, each a `Steering`. Rows of earlier calls are kept.
+        ``steering.json`` in each run's folder, a `Steering`. Rows of earlier calls are kept.
 
     Raises:
         ValueError: no such layers or units, or a file made with other settings.
@@ -394,10 +376,8 @@ def run_steer(cfg: SteerConfig) -> list[Path]:
                     name=run.architecture,
                     **sampling,
                 )
-                rows = [] if before is None else before["rows"]
-                for row in found["rows"]:
-                    rows.append({"architecture": row.pop("name"), **row})
-                found["rows"] = rows
+                rows = [{"architecture": row.pop("name"), **row} for row in found["rows"]]
+                found["rows"] = (before["rows"] if before else []) + rows
                 file.save(results.Steering(**found))
         return [file.path for _, file in files]
 
@@ -435,13 +415,7 @@ def layer_sample(
     model: Any, sae: SAE[Any], run: TrainConfig
 ) -> tuple[Float[Tensor, "tokens d_in"], float]:
     """Inputs of a layer at held-out tokens, and the mean norm of the MLP's output there."""
-    heldout = read_heldout(
-        Site.of(model, sae),
-        _documents(run)[1],
-        context_size=run.context_size,
-        device=run.device,
-        n_tokens=16_384,
-        autocast=run.autocast,
-    )
-    x, y = (torch.cat([pair[hook] for pair in heldout.pairs]) for hook in heldout.site.hooks)
+    site, documents = Site.of(model, sae), _documents(run)[1]
+    heldout = read_heldout(site, documents, n_tokens=16_384, **run.reading_heldout)
+    x, y = (torch.cat([pair[hook] for pair in heldout.pairs]) for hook in site.hooks)
     return x, y.norm(dim=-1).mean().item()

@@ -18,8 +18,7 @@ from mxd_lens.files import check_same, discard, read_json, remove_unfinished, wh
 class CheckpointedTrainer(SAETrainer[Any, Any]):
     """SAELens' trainer, which keeps the newest of its checkpoints and can start from it.
 
-    Args:
-        settings: of the run; written into its checkpoints, which are known by them.
+    They hold the run's settings, by which they are known.
     """
 
     def __init__(
@@ -35,11 +34,8 @@ class CheckpointedTrainer(SAETrainer[Any, Any]):
         base_path: Path | str | None = None,
         wandb_aliases: list[str] | None = None,
     ) -> None:
-        """Save a checkpoint under its name once it is whole, and drop the older ones.
-
-        Raises:
-            OSError: it cannot be written.
-        """
+        """Save a checkpoint under its name once it is whole, and drop the older ones; OSError if it
+        cannot be written."""
         path = self.folder / checkpoint_name
         if path not in own_checkpoints(self.folder, self.settings):  # else of this very step
             with whole(path) as unfinished:
@@ -48,11 +44,8 @@ class CheckpointedTrainer(SAETrainer[Any, Any]):
         drop_checkpoints(self.folder, self.settings, keep=path)
 
     def resume(self) -> None:
-        """Go on from the newest checkpoint, if there is one, passing the batches it has seen by.
-
-        Raises:
-            ValueError: it cannot be read.
-        """
+        """Go on from the newest checkpoint, if there is one, passing the batches it has seen by;
+        ValueError if it cannot be read."""
         checkpoints = own_checkpoints(self.folder, self.settings)
         if not checkpoints:
             return
@@ -67,21 +60,15 @@ class CheckpointedTrainer(SAETrainer[Any, Any]):
             ) from error
         # SAETrainer takes its periodic checkpoints before it counts the step they belong to.
         self.n_training_steps = self.n_training_samples // self.cfg.train_batch_size_samples
-        self.checkpoint_thresholds = [
-            threshold
-            for threshold in self.checkpoint_thresholds
-            if threshold > self.n_training_samples
-        ]
+        done = self.n_training_samples
+        self.checkpoint_thresholds = [n for n in self.checkpoint_thresholds if n > done]
         for _ in tqdm(range(self.n_training_steps), desc="Replaying the batches already seen"):
             next(self.data_provider)
 
 
 def own_checkpoints(folder: Path, settings: dict[str, Any]) -> list[Path]:
-    """The run's checkpoints in a folder; what else is there is left alone.
-
-    Raises:
-        ValueError: the folder is a symbolic link, or a checkpoint in it is of another run.
-    """
+    """The run's checkpoints in a folder; ValueError if that is a symbolic link, or has some of
+    another run. What else is there is left alone."""
     if folder.is_symlink():
         raise ValueError(f"{folder} is a symbolic link, which is not followed: remove it")
     own = []

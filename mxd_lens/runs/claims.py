@@ -17,31 +17,17 @@ SOURCES_FILENAME = "sources.json"
 
 
 def claim_folder(cfg: TrainConfig, *, write: bool = True) -> None:
-    """Write the configuration down, or compare it with the one of the run that is there.
-
-    Args:
-        write: False: only compare.
-
-    Raises:
-        ValueError: it is another, or the folder holds something else.
-    """
+    """Write the configuration down, or compare it with the one that is there; ValueError if it is
+    another, or the folder holds something else."""
     writes = ("layer", "checkpoints", "results.json", "results.html", SOURCES_FILENAME)
     writes = (*writes, COMPARISON_FILENAME)
     claim(Path(cfg.output), RUNNER_CFG_FILENAME, settings(cfg), writes, write=write)
 
 
 def check_sources(cfg: RunConfig, model: Any = None, dataset: Text | None = None) -> None:
-    """Write down which model and which text a run has, or compare them with what is written.
-
-    Args:
-        model, dataset: what is loaded of them.
-
-    Raises:
-        ValueError: one has changed since the run was begun.
-    """
-    sources = {}
-    if model is not None:
-        sources["model"] = model_fingerprint(model)
+    """Write down which model and text a run has, or compare them with what is written; ValueError
+    if one has changed since the run was begun."""
+    sources = {} if model is None else {"model": model_fingerprint(model)}
     if dataset is not None:
         sources["text"] = text_fingerprint(dataset)
     path = Path(cfg.output) / SOURCES_FILENAME

@@ -11,6 +11,7 @@ import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from mxd_lens.runs.config import (
     field_names,
     finished_runs,
     has_k,
+    values,
 )
 from mxd_lens.runs.results import (
     Comparison,
@@ -84,18 +86,16 @@ class CompareConfig(RunConfig, Measuring):
 
     def runs(self) -> dict[Key, TrainConfig]:
         """The training runs, in the order they go."""
-        shared = {name: getattr(self, name) for name in field_names(RunConfig)}
+        shared = values(self, field_names(RunConfig))
         shared["activations"] = str(Path(self.output) / "activations")
         runs: dict[Key, TrainConfig] = {}
-        for seed in self.seeds:
-            for k in self.k:
-                for name in self.architectures:
-                    own: dict[str, Any] = {"k": k} if has_k(name) else {}
-                    key = name, own.get("k"), seed
-                    folder = "-".join([name, *(f"k{k}" for _ in own), f"seed{seed}"])
-                    own |= {"architecture": name, "output": str(Path(self.output) / folder)}
-                    if key not in runs:
-                        runs[key] = TrainConfig(**(shared | own), seed=seed)
+        for seed, k, name in product(self.seeds, self.k, self.architectures):
+            own: dict[str, Any] = {"k": k} if has_k(name) else {}
+            key = name, own.get("k"), seed
+            folder = "-".join([name, *(f"k{k}" for _ in own), f"seed{seed}"])
+            own |= {"architecture": name, "output": str(Path(self.output) / folder)}
+            if key not in runs:
+                runs[key] = TrainConfig(**(shared | own), seed=seed)
         return runs
 
 
@@ -106,7 +106,7 @@ def compare(
     *,
     measured: Callable[[Path], None] = lambda results: None,
 ) -> list[dict[str, Any]]:
-    """Train and measure every layer, or those that are missing.
+    """Train and measure every layer, or those that are missing. Raises as `train` does.
 
     Args:
         measured: is called whenever ``results.json`` has been written anew.
@@ -114,16 +114,14 @@ def compare(
     Returns:
         One plain `Row` per layer. ``results.json``, written anew as each layer is finished, has
         these and what else earlier comparisons have left in the folder.
-
-    Raises:
-        ValueError, Interrupted: as `train`.
     """
     folder = Path(cfg.output)
     with locked(folder):
         claim_comparison(cfg, write=False)
         runs = cfg.runs()
         asked: Parts = {"measurements": {}} | ({cfg.probe: {}} if cfg.probe else {})
-        files = {k: ResultsFile(_results(run.output), Row, asked) for k, run in runs.items()}
+        paths = {key: Path(run.output) / "results.json" for key, run in runs.items()}
+        files = {key: ResultsFile(path, Row, asked) for key, path in paths.items()}
         for key, run in runs.items():
             if files[key].value is not None:
                 claim_folder(run)
@@ -143,9 +141,13 @@ def compare(
                 check_layer(run, site)
             claim_comparison(cfg)
             check_sources(cfg, model, dataset)
-            heldout = _heldout(cfg, site, documents, cfg.n_sequences)
+            heldout = read_heldout(
+                site, documents, n_sequences=cfg.n_sequences, **cfg.reading_heldout
+            )
             fill_activations(cfg, folder / "activations", site, dataset)
-            activations = mlp_activations(cfg, site, labelled["text"]) if labelled else None
+            activations = None
+            if labelled:
+                activations = text_activations(site, labelled["text"], **cfg.reading_texts)
             for n, (key, run) in enumerate(runs.items(), 1):
                 if not files[key].missing:
                     continue
@@ -163,17 +165,10 @@ def compare(
 
 
 def claim_comparison(cfg: CompareConfig, *, write: bool = True) -> None:
-    """Write down what all layers of a comparison share, or compare it with what is there.
-
-    Args:
-        write: False: only compare.
-
-    Raises:
-        ValueError: it is another, or the folder holds something else.
-    """
+    """Write down what all layers of a comparison share, or compare it, as `claim_folder` does."""
     shared = (field_names(RunConfig) | {"n_sequences"}) - {"output", "device"}
-    settings = {name: getattr(cfg, name) for name in sorted(shared)}
     writes = (RUNNER_CFG_FILENAME, "activations", "results.json", "results.html", SOURCES_FILENAME)
+    settings = values(cfg, sorted(shared))
     claim(Path(cfg.output), COMPARISON_FILENAME, settings, writes, write=write)
 
 
@@ -181,10 +176,6 @@ def measure(sae: SAE[Any], run: TrainConfig, heldout: Heldout, dataset: str) -> 
     """A plain row: what was trained and how it does on the held-out text."""
     row, _ = evaluate(heldout.site.model, sae, heldout, autocast=run.autocast)
     return {**row, **run.identity, "dataset": dataset}
-
-
-def _results(folder: str | Path) -> Path:
-    return Path(folder) / "results.json"
 
 
 def _all_rows(folder: Path) -> list[Row]:
@@ -200,28 +191,6 @@ def _place(row: Row) -> tuple[Any, ...]:
     return order, name, row.k or 0, row.seed
 
 
-def _heldout(cfg: RunConfig, site: Site, documents: Text, n_sequences: int) -> Heldout:
-    return read_heldout(
-        site,
-        documents,
-        context_size=cfg.context_size,
-        device=cfg.device,
-        n_sequences=n_sequences,
-        autocast=cfg.autocast,
-    )
-
-
-def mlp_activations(cfg: RunConfig, site: Site, texts: list[str]) -> TextActivations:
-    """Input and output of the run's MLP on some texts, read as the run reads its own."""
-    return text_activations(
-        site,
-        texts,
-        context_size=cfg.context_size,
-        lm_batch_size=cfg.lm_batch_size,
-        autocast=cfg.autocast,
-    )
-
-
 def probe_scores(
     sae: SAE[Any], activations: TextActivations, labels: list[str]
 ) -> dict[str, float]:
@@ -233,11 +202,8 @@ def probe_scores(
 
 
 def measure_again(folder: Path, text: OtherText, n_sequences: int = 64) -> Path:
-    """Measure the layers of a comparison on other text: ``results-<text>.json``, this path.
-
-    Raises:
-        ValueError: there are none, no text is named, or it cannot be loaded.
-    """
+    """Measure the layers of a comparison on other text: ``results-<text>.json``, this path;
+    ValueError if there are none, or no text is named."""
     runs = finished_runs(folder)
     if text.dataset is None:
         raise ValueError(f"say on which --dataset to measure the layers in {folder}")
@@ -246,7 +212,8 @@ def measure_again(folder: Path, text: OtherText, n_sequences: int = 64) -> Path:
     model = load_model(cfg.model, cfg.model_class, cfg.device)
     for run in runs:
         check_sources(run, model)
-    heldout = _heldout(cfg, Site.at(model, cfg.layer), documents, n_sequences)
+    site = Site.at(model, cfg.layer)
+    heldout = read_heldout(site, documents, n_sequences=n_sequences, **cfg.reading_heldout)
     layers = ((run, load_layer(run.layer_path, run.device)) for run in runs)
     rows = [Row(**measure(sae, run, heldout, text.dataset)) for run, sae in layers]
     with locked(folder):
@@ -264,7 +231,7 @@ def results_stem(dataset: str | None) -> str:
 
 
 def write_rows(folder: Path, rows: list[Row], stem: str = "results") -> Path:
-    """The rows as JSON, in the order of tables."""
+    """The rows as JSON, this path, in the order of tables."""
     path = folder / f"{stem}.json"
     write(path, Comparison(rows=sorted(rows, key=_place)), indent=2)
     return path

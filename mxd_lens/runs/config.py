@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -81,7 +82,7 @@ class Sampling:
     @property
     def sampling(self) -> dict[str, Any]:
         """Arguments of `generate_steered`."""
-        own = {name: getattr(self, name) for name in ("prompt", "temperature", "seed")}
+        own = values(self, ("prompt", "temperature", "seed"))
         return own | {"n_tokens": self.sample_tokens}
 
 
@@ -132,6 +133,16 @@ class RunConfig(TextSource):
     @property
     def steps(self) -> int:
         return self.training_tokens // self.batch_size
+
+    @property
+    def reading_heldout(self) -> dict[str, Any]:
+        """Arguments of `read_heldout`."""
+        return values(self, ("context_size", "device", "autocast"))
+
+    @property
+    def reading_texts(self) -> dict[str, Any]:
+        """Arguments of `text_activations` and `inspect_experts`."""
+        return values(self, ("context_size", "lm_batch_size", "autocast"))
 
     def documents(self, dataset: Text | None = None) -> tuple[Text, Text]:
         """The run's (training, held-out) documents."""
@@ -194,14 +205,11 @@ class TrainConfig(RunConfig):
     def warm_up_and_decay(self) -> tuple[int, int]:
         """Steps in which the learning rate rises, and falls."""
         warm_up, decay = self.lr_warm_up_steps, self.lr_decay_steps
-        return (
-            self.steps // 10 if warm_up is None else warm_up,
-            self.steps // 5 if decay is None else decay,
-        )
+        warm_up = self.steps // 10 if warm_up is None else warm_up
+        return warm_up, self.steps // 5 if decay is None else decay
 
     @property
     def peak_lr(self) -> float:
-        """The run's peak learning rate."""
         return answers(self.architecture).default_lr if self.lr is None else self.lr
 
     @property
@@ -217,7 +225,6 @@ class TrainConfig(RunConfig):
 
     @property
     def finished(self) -> bool:
-        """True if the trained layer is there."""
         return (self.layer_path / SAE_CFG_FILENAME).exists()
 
     def __str__(self) -> str:
@@ -234,16 +241,12 @@ def _refuse_constant(name: str) -> None:
 
 
 def read_config(folder: Path) -> TrainConfig:
-    """The configuration of the run in a folder, on this machine's device.
-
-    Raises:
-        ValueError: what the folder holds is not that.
-    """
+    """The configuration of the run in a folder; ValueError if it holds something else."""
     path = folder / RUNNER_CFG_FILENAME
-    values: dict[str, Any] = read_json(path, dict[str, Any]) or {}
-    values["output"] = str(folder)
+    written: dict[str, Any] = read_json(path, dict[str, Any]) or {}
+    written["output"] = str(folder)
     try:
-        return TrainConfig(**values)
+        return TrainConfig(**written)
     except ValueError as error:
         raise ValueError(f"{path} is not the configuration of a run: {error}") from error
 
@@ -252,8 +255,8 @@ def finished_runs(folder: Path) -> list[TrainConfig]:
     """The run in this folder, or the finished ones of the comparison in it, all of one MLP.
 
     Raises:
-        ValueError: it holds neither, its run is not finished, its runs are of more than one MLP
-            or read it differently, or a file there is none of ours.
+        ValueError: there are none, they are of more than one MLP or read it differently, or a
+            file there is none of ours.
     """
     alone = folder / RUNNER_CFG_FILENAME
     paths = [alone] if alone.exists() else sorted(folder.glob(f"*/{RUNNER_CFG_FILENAME}"))
@@ -272,17 +275,17 @@ def finished_runs(folder: Path) -> list[TrainConfig]:
 
 
 def has_k(architecture: str) -> bool:
-    """True if layers of this architecture are trained with a k.
-
-    Raises:
-        ValueError: there is no such architecture.
-    """
+    """True if layers of this architecture, which must be a known one, are trained with a k."""
     return "k" in field_names(config_class(architecture))
 
 
 def field_names(cfg_class: type) -> set[str]:
-    """Names of a dataclass' fields."""
     return {field.name for field in fields(cfg_class)}
+
+
+def values(cfg: Any, names: Iterable[str]) -> dict[str, Any]:
+    """These fields of a configuration."""
+    return {name: getattr(cfg, name) for name in names}
 
 
 def settings(cfg: TrainConfig) -> dict[str, Any]:
@@ -290,5 +293,6 @@ def settings(cfg: TrainConfig) -> dict[str, Any]:
 
     Whether activations are cached counts: their batches come in another order.
     """
-    values = asdict(cfg) | {"activations": cfg.activations and "cached"}
-    return {name: value for name, value in values.items() if name not in ("output", "device")}
+    made = asdict(cfg) | {"activations": cfg.activations and "cached"}
+    del made["output"], made["device"]
+    return made

@@ -9,19 +9,14 @@ import torch
 from datasets import Dataset, IterableDataset
 
 _N_WEIGHTS = 1024  # of each parameter
-
 _N_DOCUMENTS = 100_000
-
 _N_STREAMED = 1000
 
 
 def model_fingerprint(model: torch.nn.Module) -> str:
-    """Of shapes and types of all parameters, and 1,024 evenly spaced numbers of each.
+    """32 hexadecimal digits of all parameters' shapes, types and 1,024 evenly spaced numbers.
 
     Not of their names, which are another library's, and change.
-
-    Returns:
-        32 hexadecimal digits.
     """
     digest = hashlib.sha256()
     for parameter in model.parameters():
@@ -33,12 +28,9 @@ def model_fingerprint(model: torch.nn.Module) -> str:
 
 
 def text_fingerprint(rows: Dataset | IterableDataset) -> str:
-    """Of how many documents there are, and all that is in up to 100,000 evenly spaced ones.
+    """32 hexadecimal digits of the number of documents and up to 100,000 evenly spaced ones.
 
     A streamed data set, whose end nobody knows, has that of its first 1,000.
-
-    Returns:
-        32 hexadecimal digits.
     """
     digest = hashlib.sha256()
     if isinstance(rows, Dataset):

@@ -38,10 +38,9 @@ def result(cls: type[T]) -> type[T]:
 
 @result
 class Row:
-    """results.json of a run: what `evaluate` measures of its layer, in its units.
+    """results.json of a run: what `evaluate` measures of its layer, None what that lacks.
 
-    None stands for what a layer without experts lacks. Fields with a default are left out of the
-    file where they have it.
+    Fields with a default are left out of the file where they have it.
     """
 
     architecture: str
@@ -224,27 +223,19 @@ class Steering:
     unsteered: dict[str, float]
     rows: list[SteeringRow]
 
-    def settings(self) -> dict[str, Any]:
-        names = ("edit", "prompt", "n_samples", "n_tokens", "temperature", "seed")
-        return {name: getattr(self, name) for name in names}
-
     def parts(self) -> Parts:
-        made: Parts = {(row.expert, row.strength): {} for row in self.rows}
-        return {"settings": self.settings()} | made
+        settings = plain(self)
+        del settings["unsteered"], settings["rows"]
+        return {"settings": settings} | {(row.expert, row.strength): {} for row in self.rows}
 
 
 def read(path: Path, kind: type[T]) -> T | None:
-    """What a results file holds; None if there is none.
-
-    Raises:
-        ValueError: it is of another version, damaged, or none of ours.
-    """
+    """What a results file holds; None if there is none, ValueError if it is of another version,
+    damaged, or none of ours."""
 
     def unversioned(value: Any) -> Any:
-        if isinstance(value, dict):
-            if value.get("version") != VERSION:
-                raise ValueError(f"version={value.get('version')}, this mxd-lens reads {VERSION}")
-            return {name: value[name] for name in value if name != "version"}
+        if isinstance(value, dict) and (version := value.pop("version", None)) != VERSION:
+            raise ValueError(f"version={version}, this mxd-lens reads {VERSION}")
         return value
 
     return read_json(path, Annotated[kind, BeforeValidator(unversioned)])
@@ -261,11 +252,7 @@ def plain(value: Any) -> dict[str, Any]:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Plain rows of a results.json, a run's or a comparison's; none if there is no such file.
-
-    Raises:
-        ValueError: it is of another version, damaged, or none of ours.
-    """
+    """Plain rows of a results.json, see `read`: a run's or a comparison's; none without a file."""
     found: Any = read(path, Comparison | Row)  # type: ignore[arg-type]
     if found is None:
         return []
@@ -273,14 +260,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 class ResultsFile(Generic[T]):
-    """A results file: what it holds, and which of the parts that are asked for are missing.
-
-    Args:
-        asked: by part, the settings that it is to be made with.
-
-    Raises:
-        ValueError: the file is none of ours, or has such a part made with other settings.
-    """
+    """A results file: what it holds, and which parts are missing that are asked for, each with the
+    settings to make it with; ValueError if one is there that was made with others."""
 
     def __init__(self, path: Path, kind: type[T], asked: Parts):
         self.path = path
@@ -292,7 +273,6 @@ class ResultsFile(Generic[T]):
                 check_same(path, made[part], asked[part])
 
     def save(self, value: T, indent: int | None = None) -> None:
-        """Write the file anew, what was missing in it."""
         write(self.path, value, indent)
         self.value = value
 
@@ -306,11 +286,7 @@ class LayerFile(TypedDict):
 
 
 def read_layer_file(folder: Path) -> LayerFile:
-    """The configuration of the layer in a folder.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """The configuration of the layer in a folder; ValueError if there is none."""
     path = folder / SAE_CFG_FILENAME
     found = read_json(path, LayerFile)
     if found is None:
@@ -319,11 +295,7 @@ def read_layer_file(folder: Path) -> LayerFile:
 
 
 def load_layer(folder: Path, device: str = "cpu") -> SAE[Any]:
-    """A trained layer that SAELens has saved.
-
-    Raises:
-        ValueError: its files cannot be read, or do not fit together.
-    """
+    """A trained layer; ValueError if its files cannot be read, or do not fit together."""
     read_layer_file(folder)
     try:
         layer: Any = SAE.load_from_disk(folder)

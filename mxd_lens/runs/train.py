@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -37,10 +36,10 @@ from mxd_lens.models.site import Site
 from mxd_lens.models.splice import has_folded_norms
 from mxd_lens.runs.checkpoints import CheckpointedTrainer, drop_checkpoints, own_checkpoints
 from mxd_lens.runs.claims import check_sources, claim_folder
-from mxd_lens.runs.config import RunConfig, TrainConfig, field_names, settings
+from mxd_lens.runs.config import RunConfig, TrainConfig, field_names, settings, values
 from mxd_lens.runs.fingerprint import model_fingerprint, text_fingerprint
 from mxd_lens.runs.results import load_layer
-from mxd_lens.startup import Interrupted
+from mxd_lens.startup import Interrupted, handling
 
 N_CHECKPOINTS = 3
 """Checkpoints on the way; the newest is kept until the run is done."""
@@ -55,8 +54,8 @@ def train(cfg: TrainConfig, model: Any = None, dataset: Text | None = None) -> S
 
     Returns:
         The trained layer, also at ``cfg.layer_path`` in SAELens' format. A resumed run passes
-        the batches already seen by again, so that those to come, and with them its weights, are
-        an uninterrupted one's; without ``cfg.activations`` the model reads that text again.
+        the batches already seen by, so that its weights are an uninterrupted one's; without
+        ``cfg.activations`` the model reads that text again.
 
     Raises:
         ValueError: anything about model, layer, text or configuration that cannot work, the
@@ -122,7 +121,11 @@ def _train(cfg: TrainConfig, site: Site, dataset: Text) -> SAE[Any]:
     if not all(p.isfinite().all() for p in sae.parameters()):
         raise ValueError(f"training diverged: weights are not finite; lower lr={cfg.peak_lr}")
     sae.eval()
-    return _save(cfg, trainer)
+    with whole(cfg.layer_path) as unfinished:
+        sae.save_inference_model(unfinished)
+        save_file({"sparsity": trainer.log_feature_sparsity}, unfinished / SPARSITY_FILENAME)
+    drop_checkpoints(_checkpoints(cfg), settings(cfg))
+    return load_layer(cfg.layer_path, cfg.device)
 
 
 def fill_activations(
@@ -136,7 +139,7 @@ def fill_activations(
     dataset = cfg.load() if dataset is None else dataset
     decisive = "model layer dataset dataset_split text_column context_size lm_batch_size"
     decisive += " heldout_documents model_class autocast"
-    source = {name: getattr(cfg, name) for name in decisive.split()}
+    source = values(cfg, decisive.split())
     source["model_fingerprint"] = model_fingerprint(site.model)
     source["text_fingerprint"] = text_fingerprint(dataset)
     store = _store(cfg, site, cfg.documents(dataset)[0])
@@ -156,14 +159,10 @@ def _store(cfg: RunConfig, site: Site, documents: Text) -> Any:
 
 
 def new_layer(cfg: TrainConfig, site: Site, device: str) -> TrainingSAE[Any]:
-    """A layer of the run's architecture for this MLP, at random weights.
-
-    Raises:
-        ValueError: there is no such layer.
-    """
+    """A layer of the run's architecture for this MLP, at random weights; ValueError if none."""
     layer, cfg_class = answers(cfg.architecture), config_class(cfg.architecture)
     mlp = site.mlp.shape
-    values = asdict(mlp) | {
+    known = asdict(mlp) | {
         "d_in": mlp.d_in if layer.reads_input else mlp.d_out,
         "d_sae": cfg.d_sae or width_for(cfg.architecture, mlp, cfg.expansion),
         "k": cfg.k,
@@ -181,18 +180,14 @@ def new_layer(cfg: TrainConfig, site: Site, device: str) -> TrainingSAE[Any]:
             training_tokens=cfg.steps * cfg.batch_size,
         ),
     }
-    known = {name: values[name] for name in values.keys() & field_names(cfg_class)}
-    layer_cfg = cfg_class(**(known | json.loads(cfg.sae_options)))
+    own = {name: known[name] for name in known.keys() & field_names(cfg_class)}
+    layer_cfg = cfg_class(**(own | json.loads(cfg.sae_options)))
     check_k(getattr(layer_cfg, "k", 1), layer_cfg.d_sae)
     return layer.training_class()(layer_cfg)
 
 
 def check_layer(cfg: TrainConfig, site: Site) -> None:
-    """Find out, without allocating it, whether there is a layer of this configuration.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """Raise the ValueError of `new_layer`, if any, without allocating a layer."""
     with torch.device("meta"):
         new_layer(cfg, site, "meta")
 
@@ -232,29 +227,11 @@ def _until(stop: list[int], batches: Iterator[Tensor]) -> Iterator[Tensor]:
 @contextmanager
 def _stopping(stop: list[int]) -> Iterator[None]:
     """The first SIGINT or SIGTERM ends the step in progress, a second one everything at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    signals = (signal.SIGINT, signal.SIGTERM)
-    handlers = {number: signal.getsignal(number) for number in signals}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def handle(number: int, _: Any) -> None:
         stop.append(number)
-        signal.signal(number, handlers[signal.Signals(number)])
+        signal.signal(number, before[signal.Signals(number)])
 
-    for number in signals:
-        signal.signal(number, handle)
-    try:
+    with handling(dict.fromkeys(before, handle)):
         yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
-def _save(cfg: TrainConfig, trainer: CheckpointedTrainer) -> SAE[Any]:
-    """The layer in SAELens' inference format."""
-    with whole(cfg.layer_path) as unfinished:
-        trainer.sae.save_inference_model(unfinished)
-        save_file({"sparsity": trainer.log_feature_sparsity}, unfinished / SPARSITY_FILENAME)
-    drop_checkpoints(_checkpoints(cfg), settings(cfg))
-    return load_layer(cfg.layer_path, cfg.device)

@@ -20,9 +20,7 @@ from mxd_lens.analysis.experts.corpus import N_TOP, Corpus, Firings
 Embed = Callable[[list[str]], Float[Tensor, "texts d"]]
 
 QUANTILES = (0.75, 0.5, 0.25)  # of the activation, for weaker contexts
-
 N_RANDOM_SETS = 2000
-
 WORD = r"[^\W\d_]{2,}"
 
 
@@ -60,10 +58,8 @@ def histograms_of(firings: Firings, n_bins: int = 20) -> Int[np.ndarray, "live n
     largest = firings.value[firings.starts[:-1]]
     share = firings.value / largest[firings.row]
     place = np.minimum((share * n_bins).astype(np.int64), n_bins - 1)
-    n_live = len(firings.live)
-    return np.bincount(firings.row * np.int64(n_bins) + place, minlength=n_live * n_bins).reshape(
-        n_live, n_bins
-    )
+    n_live, bins = len(firings.live), firings.row * np.int64(n_bins) + place
+    return np.bincount(bins, minlength=n_live * n_bins).reshape(n_live, n_bins)
 
 
 # Meaning
@@ -127,8 +123,7 @@ def meaning(
         ``coherence``: mean pairwise cosine of the embeddings of the pieces of text, of about 32
         tokens, that the expert's 10 top contexts lie in; nan where there are fewer contexts.
         ``same_token``: share of the top contexts whose firing token, in lower case and without
-        spaces, is the commonest. Whether the expert counts as meaningful, and the rule for that
-        in words, the threshold included.
+        spaces, is the commonest. Whether the expert counts as meaningful, and the rule in words.
     """
     full = (top >= 0).all(1)
     pieces, chunk = corpus.chunks()
@@ -169,10 +164,7 @@ def _random_sets(
     """Pieces that random tokens, each of another text, lie in."""
     rng = np.random.default_rng(seed)
     lengths = np.diff(corpus.starts)
-    sets = np.stack(
-        [
-            rng.choice(len(lengths), N_TOP, replace=False, p=lengths / lengths.sum())
-            for _ in range(N_RANDOM_SETS)
-        ]
-    )
+    chance = lengths / lengths.sum()
+    texts = [rng.choice(len(chance), N_TOP, replace=False, p=chance) for _ in range(N_RANDOM_SETS)]
+    sets = np.stack(texts)
     return chunk[corpus.starts[sets] + rng.integers(lengths[sets])]

@@ -18,7 +18,6 @@ from transformer_lens.hook_points import HookPoint
 from mxd_lens.analysis.experts.corpus import Corpus, Firings, token_strings
 
 PIECE_SIZE = 8  # tokens of a piece of text in which effects are measured, without BOS
-
 N_AVERAGED = 256  # experts whose effects are averaged
 
 
@@ -41,13 +40,11 @@ def logit_effects(
     Measured: what an expert writes is added to the layer's output at every token of some pieces
     of the corpus, the same for all experts, but for BOS. The change of the next token's logits,
     less its mean over the vocabulary and less what experts change on average, is averaged over
-    the pieces. (Raising activations in the experts' own contexts instead says little, of
-    transcoders' units as of MxDs': there, the next token completes a word or follows from what
-    has been said.)
+    the pieces. (Raising activations in the experts' own contexts instead says little: there, the
+    next token completes a word or follows from what has been said.)
 
     Args:
-        hook_name_out: where in the model the layer writes.
-        directions: what is added for each expert that fires, see
+        directions: what is added at hook_name_out for each expert that fires, see
             `mxd_lens.analysis.steering.steering_directions`.
         top: firings that are the experts' top contexts; -1: none.
         n: tokens wanted.

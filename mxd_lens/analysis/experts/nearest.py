@@ -15,7 +15,6 @@ from mxd_lens.analysis.experts.corpus import Firings
 from mxd_lens.layers.layer import Layer
 
 Ranked = list[list[tuple[int, float]]]
-
 """For each expert in question: ids and scores, best first."""
 
 _PART = 128  # rows of similarities that exist at a time

@@ -90,9 +90,8 @@ def inspect_experts(
         - ``rank``, ``effective_rank``: see `Layer.ranks`; ``sample``: null, for a steered sample.
 
     Raises:
-        ValueError: a size below 1, metadata is missing, the model has no such hook, fewer than
-            10 different documents have a non-special token, no expert fires, or the layer has
-            none.
+        ValueError: a size below 1, a hook that metadata or model lack, fewer than 10 different
+            documents with a non-special token, no expert that fires, or a layer without any.
     """
     check(Count, n_tokens=n_tokens, context_size=context_size, lm_batch_size=lm_batch_size)
     layer = layer_of(sae)
