@@ -180,7 +180,8 @@ def new_layer(cfg: TrainConfig, site: Site, device: str) -> TrainingSAE[Any]:
             training_tokens=cfg.steps * cfg.batch_size,
         ),
     }
-    own = {name: known[name] for name in known.keys() & field_names(cfg_class)}
+    fields = field_names(cfg_class)
+    own = {name: value for name, value in known.items() if name in fields}
     layer_cfg = cfg_class(**(own | json.loads(cfg.sae_options)))
     check_k(getattr(layer_cfg, "k", 1), layer_cfg.d_sae)
     return layer.training_class()(layer_cfg)
