@@ -61,13 +61,13 @@ def test_the_model_is_run_no_further_than_the_hook(tiny_bridge):
 
 def test_long_texts_are_pooled_in_chunks():
     sae, sizes = random_layer("mxd"), []
-    text = torch.tensor([0] * 700 + [1] * 3 + [2] * 600)
+    text = torch.tensor([0] * 5000 + [1] * 3 + [2] * 4000)
     x = torch.randn(len(text), 16)
     expected = [sae.encode(x[text == i]).mean(0).detach().numpy() for i in range(3)]
     sae.hook_in.add_hook(lambda of_tokens, hook: sizes.append(len(of_tokens)))
     pooled = pool_layer(sae, TextActivations({HOOK_IN: x}, text, 3))
     np.testing.assert_allclose(pooled.toarray(), np.stack(expected), rtol=1e-4, atol=1e-6)
-    assert max(sizes) <= 512 and sum(sizes) == len(text)
+    assert max(sizes) <= 4096 and sum(sizes) == len(text)
 
 
 def test_texts_hooks_and_layers_that_cannot_be_read(tiny_bridge):
