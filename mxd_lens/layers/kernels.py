@@ -66,6 +66,7 @@ def topk_relu(
 
 
 _GROUP = 32
+_WIDE = 1 << 15
 
 
 def _topk(pre: Float[Tensor, "chunk d_sae"], k: int) -> tuple[Tensor, Tensor]:
@@ -75,7 +76,7 @@ def _topk(pre: Float[Tensor, "chunk d_sae"], k: int) -> tuple[Tensor, Tensor]:
     groups are ranked: a maximum is several times as fast as a top-k.
     """
     n_groups, rest = divmod(pre.shape[1], _GROUP)
-    if n_groups < 8 * k:
+    if pre.shape[1] < _WIDE or n_groups < 8 * k:
         return pre.topk(k, dim=-1, sorted=False)
     grouped = pre[:, : n_groups * _GROUP].unflatten(1, (n_groups, _GROUP))
     groups = grouped.amax(-1).topk(k, dim=-1, sorted=False).indices

@@ -24,7 +24,7 @@ from tests.helpers import close
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 D_IN, D_SAE, D_OUT = 6, 13, 4
-WIDTHS = (D_SAE, 1024, 1100)  # units are ranked at once, or in groups: of all, or but the last
+WIDTHS = (D_SAE, 1 << 15, (1 << 15) + 5)  # ranked at once, or in groups: of all, or but the last
 
 
 def draw(*batch: int, d_in=D_IN, d_sae=D_SAE, d_out=D_OUT, columns=True, dtype=torch.float64):
