@@ -13,9 +13,11 @@ from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.sae import SAE, SAEMetadata, TrainingSAE, TrainStepInput, TrainStepOutput
 from torch import Tensor
 
+from mxd_lens.data.activations import Reader, activations_store
 from mxd_lens.files import write_json
 from mxd_lens.layers.base import PairLayer
 from mxd_lens.models.site import Site
+from mxd_lens.ranks import Ranks
 from mxd_lens.runs.analyse import (
     ExpertsConfig,
     ProbeConfig,
@@ -31,8 +33,19 @@ HOOK_IN, HOOK_OUT = "blocks.1.mlp.hook_in", "blocks.1.mlp.hook_out"
 """Of layer 1 of a tiny bridge."""
 
 STORE = {"context_size": 8, "batch_size": 32, "lm_batch_size": 4}
-STORE |= {"device": "cpu", "autocast_lm": False}
+STORE |= {"autocast_lm": False}
 """Arguments of `activations_store` for a tiny model."""
+
+
+def open_reader(
+    sites: list[Site], documents: Any, needs: Any = None, ranks: Ranks | None = None, **options: Any
+) -> Reader:
+    """Of the text at some MLPs of a tiny model."""
+    store = activations_store(sites, documents, **STORE | options)
+    dtype = torch.bfloat16 if store.autocast_lm else torch.float32
+    needs = needs or [[site.layer for site in sites]]
+    return Reader(store, sites, needs, device="cpu", dtype=dtype, ranks=ranks or Ranks())
+
 
 CE = ("ce_original", "ce_replaced", "ce_replaced_all_positions", "ce_zero_ablation", "ce_increase")
 GATE = ("ce_mean_gate", "ce_shuffled_gate", "ce_shuffled_gate_matched")

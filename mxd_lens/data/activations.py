@@ -1,62 +1,55 @@
-"""(mlp_in, mlp_out) pairs, for training.
-
-They come from the language model as training goes (`pairs`), or from a folder that one pass of
-the model has filled for many training runs (`cache_pairs`, `cached_pairs`).
-"""
+"""What a language model computes at its MLPs as it reads a text, pass by pass."""
 
 from __future__ import annotations
 
-import errno
-import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
-from itertools import chain, count
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, count, islice
+from typing import TypeAlias
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from sae_lens.training.activations_store import ActivationsStore
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
-from tqdm.auto import tqdm
 
 from mxd_lens.data.text import Text
 from mxd_lens.fields import ContextSize, Count, check
-from mxd_lens.files import check_same, claim, locked, read_json, remove_unfinished, write_json
-from mxd_lens.models.site import Hooks, Site
+from mxd_lens.models.site import Site
+from mxd_lens.ranks import Ranks
+
+Pairs: TypeAlias = Mapping[int, Float[Tensor, "rows d_pair"]]
+"""``cat([mlp_in, mlp_out], -1)`` by layer."""
 
 
 def activations_store(
-    site: Site,
+    sites: Sequence[Site],
     dataset: Text,
     *,
     context_size: int,
     batch_size: int,
     lm_batch_size: int,
-    device: str,
     autocast_lm: bool,
 ) -> ActivationsStore:
-    """SAELens' store over both hooks of an MLP: one LM pass that stops at the layer; ValueError for
-    a size out of range, or a text of no documents or of special tokens only."""
+    """SAELens' store over the hooks of some MLPs of one model: a pass of it stops at the last one;
+    ValueError for a size out of range, or a text of no documents or of special tokens only."""
     check(ContextSize, context_size=context_size)
     check(Count, batch_size=batch_size, lm_batch_size=lm_batch_size)
     if next(iter(dataset), None) is None:
         raise ValueError("there is no document: give more text or hold out fewer")
-    # Half of the buffer is served between two shuffles: at least eight batches or LM passes.
-    buffer = max(16 * batch_size, 16 * lm_batch_size * context_size // 2)
+    site = sites[0]
+    hooks = [hook for one in sites for hook in one.hooks]
     store = ActivationsStore.from_config_multi_hook(
         site.model,
         dataset=dataset,
-        hook_names=list(site.hooks),
-        hook_d_ins={hook: int(site.model.cfg.d_model) for hook in site.hooks},
+        hook_names=hooks,
+        hook_d_ins={hook: int(site.model.cfg.d_model) for hook in hooks},
         context_size=context_size,
-        n_batches_in_buffer=buffer // context_size,
+        n_batches_in_buffer=buffer_size(batch_size, lm_batch_size, context_size) // context_size,
         total_training_tokens=0,
         store_batch_size_prompts=lm_batch_size,
         train_batch_size_tokens=batch_size,
-        exclude_special_tokens=site.special.to(device),
-        device=device,
+        exclude_special_tokens=site.special,
+        device="cpu",  # of the tokens, which are handed to the model's as they are read
         autocast_lm=autocast_lm,
     )
     sequences = store._iterate_tokenized_sequences()  # beside those that the store hands out
@@ -68,38 +61,14 @@ def activations_store(
     return store
 
 
+def buffer_size(batch_size: int, lm_batch_size: int, context_size: int) -> int:
+    """Tokens in SAELens' mixing buffer. Half of it is served between two shuffles: eight batches
+    or LM passes at least."""
+    return max(16 * batch_size, 8 * lm_batch_size * context_size)
+
+
 class NonFiniteActivations(ValueError):
     """The language model produced inf or nan."""
-
-
-def pairs(store: ActivationsStore, site: Site) -> Iterator[Float[Tensor, "batch d"]]:
-    """``cat([mlp_in, mlp_out], -1)`` batches without end, for a `SAETrainer`.
-
-    Raises:
-        ValueError: the text has too few tokens for a single batch.
-        NonFiniteActivations: a batch holds inf or nan; it is not handed out.
-    """
-    loader = store.get_multi_hook_data_loader()
-    while True:
-        try:
-            batch = next(loader)
-        except (StopIteration, RuntimeError, ValueError) as error:
-            if isinstance(error, RuntimeError) and not isinstance(error.__cause__, StopIteration):
-                raise
-            raise too_short(store) from error
-        yield _pair(batch, site.hooks)
-
-
-def _pair(acts: dict[str, Tensor], hooks: Hooks) -> Float[Tensor, "tokens d"]:
-    pair = torch.cat([acts[hook].float() for hook in hooks], dim=-1)
-    # Smallest and largest are both nan if one number is.
-    if len(pair) and not torch.stack(pair.aminmax()).isfinite().all():
-        wrong = [hook for hook in hooks if not acts[hook].isfinite().all()]
-        raise NonFiniteActivations(
-            f"inf or nan in the activations at {' and '.join(wrong)}: the language model "
-            "overflows on this text; load it in float32, without autocast"
-        )
-    return pair
 
 
 def too_short(store: ActivationsStore, text: str = "text") -> ValueError:
@@ -109,132 +78,104 @@ def too_short(store: ActivationsStore, text: str = "text") -> ValueError:
     )
 
 
-def cache_pairs(
-    folder: Path, store: ActivationsStore, site: Site, n_tokens: int, source: dict[str, Any]
-) -> None:
-    """Cache MLP input and output for n_tokens non-special tokens, resuming if partial.
+@dataclass(frozen=True)
+class Pass:
+    """What the language model reads at a time."""
 
-    ``pairs.bin`` holds rows of d_in + d_out numbers of the dtype that ``cfg.json`` names:
-    bfloat16 where the language model runs under autocast, which reads no more of them than that.
-    An interrupted call goes on where it stopped, without the model's reading anything twice. Of
-    several processes one fills the folder, and the others wait for it.
+    number: int
+    """How many passes came before."""
+    tokens: Int[Tensor, "batch pos"]
+    """Of each text, special ones in place; on the CPU."""
+    kept: Bool[Tensor, "batch*pos"]
+    """True at the non-special tokens, which are the pass's rows."""
+    pairs: Pairs | None = None
+    """At all tokens; None where the model has not read them."""
+
+
+class Reader:
+    """The language model, read by all ranks in turn.
 
     Args:
-        source: all that decides what the pairs are; recorded, and compared.
-
-    Raises:
-        ValueError: too little text, or a folder with pairs of another source or damaged ones.
-        OSError: the disk is full; what has been written counts.
-        NonFiniteActivations: the model produced inf or nan.
+        store: of the hooks of all sites.
+        needs: by rank, the layers whose pairs it gets.
+        dtype: of the pairs.
     """
-    waiting = f"waiting for another process that is filling {folder} with activations"
-    with locked(folder, waiting):
-        if not (folder / _CACHE_CFG).exists():
-            claim(folder, _CACHE_CFG, {"source": source} | _EMPTY, [_PAIRS])
-        cfg = _read_cache_cfg(folder)
-        remove_unfinished(folder)
-        check_same(f"the cache of activations in {folder}", cfg["source"], source)
-        _check_sum(folder, cfg)
-        if cfg["n_tokens"] < n_tokens:
-            _fill(folder, cfg, store, site, n_tokens)
 
-
-def _fill(folder: Path, cfg: dict[str, Any], store: ActivationsStore, site: Site, n: int) -> None:
-    dtype = torch.bfloat16 if store.autocast_lm else torch.float32
-    with (
-        _named(folder / _PAIRS),
-        (folder / _PAIRS).open("ab") as file,
-        tqdm(desc="Language model", total=n, initial=cfg["n_tokens"], unit="tok") as bar,
+    def __init__(
+        self,
+        store: ActivationsStore,
+        sites: Sequence[Site],
+        needs: Sequence[Sequence[int]],
+        *,
+        device: str,
+        dtype: torch.dtype,
+        ranks: Ranks,
     ):
-        file.truncate(_n_bytes(cfg))  # what a kill has left is not counted
-        for i in count():
+        self.store, self.sites, self.needs, self.ranks = store, sites, needs, ranks
+        self.device, self.dtype = device, dtype
+        self.d_pair = 2 * int(store.model.cfg.d_model)
+
+    def passes(self) -> Iterator[Pass]:
+        """All that is to be read, unread: the text again and again; ValueError if it is too short
+        for one pass."""
+        for number in count():
             try:
-                tokens = store.get_batch_tokens()
-            except StopIteration as error:
-                raise too_short(store) from error
-            if i < cfg["n_lm_batches"]:
+                tokens = self.store.get_batch_tokens(
+                    raise_at_epoch_end=True, move_to_model_device=False
+                )
+            except StopIteration:
+                try:
+                    tokens = self.store.get_batch_tokens(move_to_model_device=False)
+                except StopIteration as error:
+                    raise too_short(self.store) from error
+            yield Pass(number, tokens, self.sites[0].non_special(tokens).flatten())
+
+    def read(self, passes: Iterable[Pass]) -> Iterator[Pass]:
+        """These passes with their pairs: each rank runs the model on every world-th of them.
+
+        Raises:
+            NonFiniteActivations: the model produces inf or nan.
+        """
+        passes = iter(passes)
+        while round_ := list(islice(passes, self.ranks.world)):
+            mine = round_[min(self.ranks.rank, len(round_) - 1)]
+            pairs = self._run(mine)
+            if self.ranks.world == 1:
+                yield replace(mine, pairs=pairs)
                 continue
-            acts = store.get_multi_hook_activations(tokens)
-            pair = _pair(site.kept(acts, tokens), site.hooks)
-            rows = pair.to(dtype).cpu().view(torch.uint8).numpy().tobytes()
-            file.write(rows)
-            file.flush()
-            cfg |= {
-                "n_tokens": cfg["n_tokens"] + len(pair),
-                "n_lm_batches": i + 1,
-                "width": pair.shape[-1],
-                "dtype": str(dtype).removeprefix("torch."),
-                "crc32": zlib.crc32(rows, cfg["crc32"]),
-            }
-            write_json(folder / _CACHE_CFG, cfg)
-            bar.update(len(pair))
-            if cfg["n_tokens"] >= n:
-                return
+            nothing = torch.empty(0, dtype=self.dtype, device=self.device)
+            parts = [
+                torch.cat([nothing, *(pairs[layer].flatten() for layer in layers)])
+                for layers in self.needs
+            ]
+            layers = self.needs[self.ranks.rank]
+            received = self.ranks.exchange(parts, len(parts[self.ranks.rank]))
+            for one, sent in zip(round_, received, strict=False):
+                of_layers = sent.view(len(layers), one.tokens.numel(), self.d_pair)
+                yield replace(one, pairs=dict(zip(layers, of_layers, strict=True)))
 
+    @torch.no_grad()
+    def _run(self, one: Pass) -> Pairs:
+        acts = self.store.get_multi_hook_activations(self.sites[0].on_model(one.tokens))
+        pairs = {}
+        for site in self.sites:
+            of_hooks = [acts[hook].flatten(0, 1).to(self.device, self.dtype) for hook in site.hooks]
+            pairs[site.layer] = torch.cat(of_hooks, dim=-1)
+        self._check_finite(pairs, one.kept)
+        return pairs
 
-@contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """A full disk says for which file."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise OSError(f"cannot write {path}: {error.strerror}") from error
-
-
-def _n_bytes(cfg: dict[str, Any]) -> int:
-    return cfg["n_tokens"] * cfg["width"] * getattr(torch, cfg["dtype"]).itemsize
-
-
-def _check_sum(folder: Path, cfg: dict[str, Any]) -> None:
-    """Raise ValueError if the rows that ``cfg.json`` counts are not those that were written."""
-    checksum, left = 0, _n_bytes(cfg)
-    if left and (folder / _PAIRS).exists():
-        with (folder / _PAIRS).open("rb") as file:
-            while left and (block := file.read(min(left, 1 << 24))):
-                checksum = zlib.crc32(block, checksum)
-                left -= len(block)
-    if left or checksum != cfg["crc32"]:
-        raise ValueError(
-            f"the activations in {folder} are damaged, they are not those that were written: "
-            "delete that folder to compute them again"
-        )
-
-
-def cached_pairs(
-    folder: Path, n_tokens: int, batch_size: int, seed: int
-) -> Iterator[Float[Tensor, "batch d"]]:
-    """Batches like those of `pairs`, out of the first n_tokens that `cache_pairs` has put there.
-
-    Shuffled as a whole by the seed, so that every layer trained with it sees the same batches.
-    """
-    rows = stored_pairs(folder, n_tokens)
-    order = RandomSampler(range(n_tokens), generator=torch.Generator().manual_seed(seed))
-    sampler = BatchSampler(order, batch_size, drop_last=True)
-    loader = DataLoader(TensorDataset(rows), sampler=sampler, batch_size=None)
-    while True:
-        for (batch,) in loader:
-            yield batch.float()
-
-
-def stored_pairs(folder: Path, n_tokens: int) -> Float[Tensor, "n_tokens d"]:
-    """The first n_tokens pairs in a folder of `cache_pairs`, in the text's order, left on disk;
-    ValueError if it holds fewer."""
-    cfg = _read_cache_cfg(folder)
-    if cfg["n_tokens"] < n_tokens:
-        raise ValueError(f"{folder} does not hold the activations of {n_tokens:,} tokens")
-    size, dtype = n_tokens * cfg["width"], getattr(torch, cfg["dtype"])
-    return torch.from_file(str(folder / _PAIRS), size=size, dtype=dtype).view(n_tokens, -1)
-
-
-def _read_cache_cfg(folder: Path) -> dict[str, Any]:
-    """What ``cfg.json`` says of the pairs; that there are none where there is no such file."""
-    cfg = read_json(folder / _CACHE_CFG, dict[str, Any])
-    if cfg is not None and cfg.keys() != {"source", *_EMPTY}:
-        raise ValueError(f"{folder} holds something else than cached activations: name another")
-    return cfg or _EMPTY
-
-
-_PAIRS, _CACHE_CFG = "pairs.bin", "cfg.json"
-_EMPTY = {"n_tokens": 0, "n_lm_batches": 0, "width": 0, "dtype": "float32", "crc32": 0}
+    def _check_finite(self, pairs: Pairs, kept: Bool[Tensor, "batch*pos"]) -> None:
+        """Raise NonFiniteActivations if a row holds inf or nan; reads the device once."""
+        ends = torch.stack([torch.stack(pair.aminmax()) for pair in pairs.values()])
+        if ends.isfinite().all():  # of which both are nan if one number is
+            return
+        wrong = []
+        for site in self.sites:
+            of_hooks = pairs[site.layer][kept.to(self.device)].chunk(2, dim=-1)
+            at = zip(site.hooks, of_hooks, strict=True)
+            wrong += [hook for hook, of_hook in at if not of_hook.isfinite().all()]
+        if wrong:
+            raise NonFiniteActivations(
+                f"inf or nan in the activations at {' and '.join(wrong)}: the language model "
+                "overflows on this text; load it in float32, without autocast"
+            )

@@ -62,28 +62,31 @@ def read_heldout(
         ValueError: the text is too short for a single batch.
     """
     check(Count, n_sequences=n_sequences, n_tokens=n_tokens, batch_size=batch_size)
-    store = _heldout_store(
-        site, dataset, context_size, batch_size, device=device, autocast_lm=autocast
-    )
+    store = _heldout_store(site, dataset, context_size, batch_size, autocast)
     batches = _token_batches(store, -(-n_tokens // (batch_size * (context_size - 1))))
     pairs = []
     for tokens in tqdm(batches, desc="Reading held-out text"):
-        acts = site.kept(store.get_multi_hook_activations(tokens), tokens)
-        pairs.append({hook: of_hook.float() for hook, of_hook in acts.items()})
+        acts = site.kept(store.get_multi_hook_activations(site.on_model(tokens)), tokens)
+        pairs.append({hook: of_hook.to(device).float() for hook, of_hook in acts.items()})
     return Heldout(site, batches, pairs, n_sequences)
 
 
 def check_heldout(site: Site, dataset: Text, *, context_size: int, batch_size: int = 16) -> None:
     """Raise ValueError, before any training, if `read_heldout` will not have text enough."""
-    store = _heldout_store(site, dataset, context_size, batch_size, device="cpu", autocast_lm=False)
-    _token_batches(store, 1)
+    _token_batches(_heldout_store(site, dataset, context_size, batch_size), 1)
 
 
 def _heldout_store(
-    site: Site, dataset: Text, context_size: int, batch_size: int, **how: Any
+    site: Site, dataset: Text, context_size: int, batch_size: int, autocast: bool = False
 ) -> ActivationsStore:
-    sizes = {"batch_size": batch_size * context_size, "lm_batch_size": batch_size}
-    return activations_store(site, dataset, context_size=context_size, **sizes, **how)
+    return activations_store(
+        [site],
+        dataset,
+        context_size=context_size,
+        batch_size=batch_size * context_size,
+        lm_batch_size=batch_size,
+        autocast_lm=autocast,
+    )
 
 
 def _token_batches(store: ActivationsStore, n: int) -> list[Int[Tensor, "batch pos"]]:

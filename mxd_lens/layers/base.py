@@ -49,7 +49,7 @@ _FORWARDS: dict[type[nn.Module], Any] = {
     kind: kind.forward for kind in (HookPoint, SparseHookPoint)
 }
 
-_CHUNK_NUMBERS = 2**25
+CHUNK_NUMBERS = 2**25
 """Pre-activations that exist at a time, at most: 128 MiB in float32."""
 
 
@@ -311,7 +311,7 @@ class SparseLayer(PairLayer):
     @property
     def gate_chunk_size(self) -> int:
         """Tokens whose pre-activations exist at a time."""
-        return max(16, min(1024, _CHUNK_NUMBERS // self.cfg.d_sae))
+        return max(16, min(1024, CHUNK_NUMBERS // self.cfg.d_sae))
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
@@ -398,6 +398,8 @@ def picked_from(pre: Float[Tensor, "*batch d_sae"], codes: SparseCodes) -> Tenso
 
 class TrainingPairLayer(PairLayer, TrainingSAE[Any]):
     """A `PairLayer` as `SAETrainer` trains it, on batches ``cat([mlp_in, mlp_out], -1)``."""
+
+    splits_batches: ClassVar[bool] = True
 
     @torch.no_grad()
     def normalize_decoder(self) -> None:

@@ -34,6 +34,9 @@ class Layer:
     reads_input: ClassVar[bool] = True
     """True if it maps the MLP's input to its output, and trains on batches of both; False for an
     SAE of the output."""
+    splits_batches: ClassVar[bool] = False
+    """True if its losses are means over tokens, none of which depends on the others: several
+    processes may then train on a part of each batch and add up their gradients."""
     sparse_hook: ClassVar[str] = "hook_sae_recons"
     """Hook point of the sparse term, [.., d_out]."""
 

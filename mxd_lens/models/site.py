@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from sae_lens.saes.sae import SAE
+from sae_lens.training.activations_store import _get_input_token_device
 from sae_lens.util import (
     extract_layer_from_tlens_hook_name,
     extract_stop_at_layer_from_tlens_hook_name,
@@ -63,6 +64,10 @@ class Site:
         """The MLP's weights, see `read_mlp`."""
         return read_mlp(get_mlp(self.model, self.layer))
 
+    def on_model(self, tokens: Int[Tensor, "*batch"]) -> Int[Tensor, "*batch"]:
+        """Token ids on the device that the model reads them on."""
+        return tokens.to(_get_input_token_device(self.model))
+
     def non_special(self, tokens: Int[Tensor, "*batch"]) -> Bool[Tensor, "*batch"]:
         """True at non-special tokens."""
         return ~torch.isin(tokens, self.special.to(tokens.device))
@@ -80,10 +85,10 @@ class Site:
         """One pass of the model, no further than the last of these hooks, see `kept`; ValueError
         if the model lacks one."""
         stops = [extract_stop_at_layer_from_tlens_hook_name(hook) for hook in hooks]
-        device = torch.device(self.model.cfg.device)
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+        tokens = self.on_model(tokens)
+        with torch.no_grad(), torch.autocast(tokens.device.type, torch.bfloat16, enabled=autocast):
             _, cache = self.model.run_with_cache(
-                tokens.to(device),
+                tokens,
                 names_filter=list(hooks),
                 stop_at_layer=None if None in stops else max(filter(None, stops)),
                 prepend_bos=False,

@@ -144,7 +144,7 @@ def compare(
             heldout = read_heldout(
                 site, documents, n_sequences=cfg.n_sequences, **cfg.reading_heldout
             )
-            fill_activations(cfg, folder / "activations", site, dataset)
+            fill_activations(cfg, folder / "activations", {site.layer: site}, dataset)
             activations = None
             if labelled:
                 activations = text_activations(site, labelled["text"], **cfg.reading_texts)

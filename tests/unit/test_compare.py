@@ -9,14 +9,17 @@ import torch
 from sae_lens import SAE
 
 from mxd_lens import compare, evaluate, train
-from mxd_lens.data.activations import activations_store, cache_pairs, cached_pairs, stored_pairs
+from mxd_lens.data.cache import Cached, stored_pairs
+from mxd_lens.data.cache import fill as fill_cache
+from mxd_lens.data.stream import Part
 from mxd_lens.models.site import Site
+from mxd_lens.ranks import Ranks
 from mxd_lens.report.page import write_comparison_page
 from mxd_lens.runs.compare import COMPARED
 from mxd_lens.runs.results import read_rows
 from mxd_lens.runs.train import Interrupted
 
-from ..helpers import STORE
+from ..helpers import open_reader
 
 
 @pytest.fixture
@@ -25,8 +28,11 @@ def fill(tiny_bridge, documents, tmp_path):
     site = Site.at(tiny_bridge, 1)
 
     def fill(n_tokens, folder="activations", source=None, **options):
-        store = activations_store(site, documents, **STORE | options)
-        cache_pairs(tmp_path / folder, store, site, n_tokens, source or {"model": "tiny"})
+        def reader(needs):
+            return open_reader([site], documents, needs, **options)
+
+        source = source or {"model": "tiny"}
+        fill_cache({1: tmp_path / folder}, reader, n_tokens, source, Ranks())
         return tmp_path / folder
 
     return fill
@@ -45,8 +51,9 @@ class TestCachedActivations:
         folder = fill(96)
 
         def epoch(seed):
-            batches = cached_pairs(folder, 96, 32, seed)
-            return torch.cat([next(batches) for _ in range(3)])
+            part = Part(1, seed)
+            batches = Cached({1: folder}, [part], n_tokens=96, batch_size=32)
+            return torch.cat([next(batches)[part] for _ in range(3)])
 
         torch.testing.assert_close(epoch(0).sort(0).values, stored_pairs(folder, 96).sort(0).values)
         assert torch.equal(epoch(0), epoch(0))

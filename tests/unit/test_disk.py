@@ -113,11 +113,11 @@ class TestTheUsersFiles:
 
     def test_activations_are_not_written_over_a_file(self, tiny_bridge, documents, make_config):
         acts = Path(make_config().output).parent / "acts"
-        acts.mkdir()
-        (acts / "pairs.bin").write_bytes(b"mine")
+        (acts / "layer1").mkdir(parents=True)
+        (acts / "layer1" / "pairs.bin").write_bytes(b"mine")
         with pytest.raises(ValueError, match=r"something else, with pairs\.bin in it"):
             train(make_config(activations=str(acts)), tiny_bridge, documents)
-        assert (acts / "pairs.bin").read_bytes() == b"mine"
+        assert (acts / "layer1" / "pairs.bin").read_bytes() == b"mine"
 
     def test_results_on_texts_of_one_name_are_two_files(self, tmp_path):
         for folder in "ab":
@@ -138,7 +138,7 @@ class TestOneProcessAtATime:
         self, make_config, tiny_bridge, documents, capsys, tmp_path
     ):
         cfg = make_config(activations=str(tmp_path / "acts"))
-        with Held(tmp_path / "acts") as held:
+        with Held(tmp_path / "acts" / "layer1") as held:
             start = time.monotonic()
             signal.signal(signal.SIGALRM, lambda *_: held.release.set())
             signal.setitimer(signal.ITIMER_REAL, 0.5)

@@ -48,7 +48,7 @@ def test_measurements_are_those_of_plain_passes(tiny_bridge, heldout, name):
     row, density = evaluate(tiny_bridge, sae, heldout, **options)
     read = read_heldout(site, heldout, context_size=8, device="cpu", **options)
     assert evaluate(tiny_bridge, sae, read)[0] == evaluate(tiny_bridge, sae, read)[0] == row
-    tokens = activations_store(site, heldout, **STORE).get_batch_tokens()
+    tokens = activations_store([site], heldout, **STORE).get_batch_tokens()
     ordinary = tokens > 2
     predicted = ordinary[:, 1:]
     assert not ordinary.all()

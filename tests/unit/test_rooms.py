@@ -11,7 +11,7 @@ import mxd_lens
 
 PACKAGE = Path(mxd_lens.__file__).parent
 ROOMS = [
-    *("startup", "fields", "files"),
+    *("startup", "fields", "files", "ranks"),
     *("demo", "layers", "models", "data", "analysis", "runs", "report"),
     *("cli", "__main__"),
 ]

@@ -34,7 +34,7 @@ THE_LAYER_ALONE = EvalConfig(
 @pytest.fixture
 def store(lm, documents):
     """``store()``: the same text from its start."""
-    return lambda: activations_store(Site.at(lm, 1), documents, **STORE)
+    return lambda: activations_store([Site.at(lm, 1)], documents, **STORE)
 
 
 @pytest.fixture

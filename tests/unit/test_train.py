@@ -11,21 +11,23 @@ from sae_lens.saes.topk_sae import TopKSAE
 from safetensors.torch import load_file
 
 from mxd_lens import MxD, TopKSkipTranscoder, TopKTranscoder, evaluate, train
-from mxd_lens.data.activations import NonFiniteActivations, activations_store, pairs
+from mxd_lens.data.activations import NonFiniteActivations
+from mxd_lens.data.stream import Part, Stream
 from mxd_lens.layers.dense import Dense
 from mxd_lens.models.site import Site
 from mxd_lens.startup import Interrupted, raise_on_signals
 
-from ..helpers import HOOK_IN, HOOK_OUT, STORE, same
+from ..helpers import HOOK_IN, HOOK_OUT, open_reader, same
 
 
 def test_pairs_are_the_mlps_input_and_output_without_special_tokens(tiny_bridge, documents):
     site = Site.at(tiny_bridge, 1)
-    store = activations_store(site, documents, **STORE)
+    reader = open_reader([site], documents)
+    store = reader.store
     seen = []
     get = store.get_batch_tokens
     store.get_batch_tokens = lambda *a, **kw: seen.append(get(*a, **kw)) or seen[-1]
-    x, y = next(pairs(store, site)).split(16, dim=-1)
+    x, y = next(Stream(reader, [Part(1, 0)]))[Part(1, 0)].split(16, dim=-1)
     torch.testing.assert_close(tiny_bridge.blocks[1].mlp.original_component(x), y)
     tokens = torch.cat(seen)
     _, cache = tiny_bridge.run_with_cache(tokens, names_filter=[HOOK_IN])
