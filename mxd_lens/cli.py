@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from mxd_lens.fields import PathStr, config
 from mxd_lens.files import locked
 from mxd_lens.models.load import bfloat16_is_fast, load_model
 from mxd_lens.models.site import Site
+from mxd_lens.ranks import Ranks, leave, lost_rank
 from mxd_lens.report.page import agreement_of, write_comparison_page, write_report, write_run_page
 from mxd_lens.report.tables import comparison_table, table
 from mxd_lens.runs import analyse
@@ -28,6 +31,7 @@ from mxd_lens.runs.claims import check_sources, claim_folder
 from mxd_lens.runs.compare import CompareConfig, compare, measure_again, results_stem
 from mxd_lens.runs.config import (
     COMPARISON_FILENAME,
+    ManyConfig,
     Measuring,
     OtherText,
     TrainConfig,
@@ -75,7 +79,7 @@ def run_evaluation(
         own = run.load() if text.dataset is None else None
         documents = text.load() if own is None else run.documents(own)[1]
         model = model or load_model(run.model, run.model_class, run.device)
-        check_sources(run, model, own)
+        check_sources([run], model, own)
         measured, density = evaluate(
             model, sae, documents, n_sequences=n_sequences, autocast=run.autocast
         )
@@ -88,27 +92,36 @@ def run_evaluation(
     print(f"\n{path}  {page}  {run.layer_path}")
 
 
-def run_train(cfg: TrainConfig) -> None:
+def run_train(cfg: ManyConfig) -> None:
     """Train, then evaluate on the held-out documents, unless that has been done already."""
-    beside = Path(cfg.output).parent / COMPARISON_FILENAME
+    run = cfg.alone()
+    if run is None:
+        return run_compare(cfg)
+    beside = Path(run.output).parent / COMPARISON_FILENAME
     if beside.exists():  # which measures its layers alike
-        raise ValueError(f"{cfg.output} is in a comparison's folder: run `mxd-lens compare` there")
-    with locked(Path(cfg.output)):
-        claim_folder(cfg, write=False)
-        row = read(Path(cfg.output) / "results.json", Row)
-        if row is not None and cfg.finished:
-            train(cfg)
-            print(table(plain(row)))
-            print(f"\nfound finished in {cfg.output}; delete that folder to run again")
+        raise ValueError(f"{run.output} is in a comparison's folder: run `mxd-lens compare` there")
+    ranks = Ranks.here()
+    with locked(Path(run.output)) if ranks.first else nullcontext():
+        row = None
+        if ranks.first:
+            claim_folder(run, write=False)
+            row = read(Path(run.output) / "results.json", Row) if run.finished else None
+        if ranks.agree(row is not None):
+            train(run)
+            if row is not None:
+                print(table(plain(row)))
+                print(f"\nfound finished in {run.output}; delete that folder to run again")
             return
-        dataset = cfg.load()
-        heldout = cfg.documents(dataset)[1]
-        model = load_model(cfg.model, cfg.model_class, cfg.device)
-        site = Site.at(model, cfg.layer)
-        check_layer(cfg, site)
-        check_heldout(site, heldout, context_size=cfg.context_size)
-        train(cfg, model, dataset)
-        run_evaluation(cfg, OtherText(), model=model)
+        dataset = run.load()
+        heldout = run.documents(dataset)[1]
+        model = load_model(run.model, run.model_class, run.device)
+        site = Site.at(model, run.layer)
+        check_layer(run, site)
+        check_heldout(site, heldout, context_size=run.context_size)
+        train(run, model, dataset)
+        if ranks.first:
+            run_evaluation(run, OtherText(), model=model)
+        ranks.wait()
 
 
 def run_evaluate(cfg: EvaluateConfig) -> None:
@@ -148,7 +161,7 @@ def run_report(cfg: analyse.AnalysisConfig) -> None:
         print(write_report(Path(run.output)))
 
 
-def run_compare(cfg: CompareConfig) -> None:
+def run_compare(cfg: ManyConfig) -> None:
     rows = compare(cfg, measured=write_comparison_page)
     print(f"\n{comparison_table(rows)}\n")
     print(f"{cfg.output}/results.json  {cfg.output}/results.html")
@@ -165,7 +178,7 @@ def run_demo(cfg: DemoConfig) -> None:
     )
     rows = compare(demo, measured=write_comparison_page)
     print(f"\n{table(rows[0])}\n\n{comparison_table(rows)}\n")
-    mxd = next(iter(demo.runs().values()))
+    mxd = demo.runs()[0]
     contexts = {"effect_strength": 0.0, "sample_strength": 0.0, "n_tokens": 50_000}
     analyse.run_experts(analyse.ExpertsConfig(run=mxd.output, **contexts))
     write_comparison_page(Path(demo.output) / "results.json")
@@ -174,7 +187,7 @@ def run_demo(cfg: DemoConfig) -> None:
 
 COMMANDS = {
     "demo": (DemoConfig, run_demo),
-    "train": (TrainConfig, run_train),
+    "train": (ManyConfig, run_train),
     "compare": (CompareConfig, run_compare),
     "evaluate": (EvaluateConfig, run_evaluate),
     "probe": (analyse.ProbeConfig, show_probes),
@@ -209,7 +222,7 @@ def make_parser() -> Parser:
             help=what,
             description=f"{what} {example}",
             nested_mode=NestedMode.WITHOUT_ROOT,
-            add_config_path_arg=cfg_class in (TrainConfig, CompareConfig),
+            add_config_path_arg=issubclass(cfg_class, ManyConfig),
         )
         command.add_arguments(cfg_class, dest="cfg")
     return parser
@@ -218,16 +231,25 @@ def make_parser() -> Parser:
 def main(arguments: list[str] | None = None) -> None:
     """Run a command; whatever the user can mend is one sentence and exit code 1."""
     disable_progress_bar()
+    rank = int(os.environ.get("RANK", 0))
+    silent = redirect_stdout(open(os.devnull, "w")) if rank else nullcontext()  # noqa: SIM115
+    who = f"mxd-lens, rank {rank}" if rank else "mxd-lens"
     try:
-        with startup.raise_on_signals():
+        with startup.raise_on_signals(), silent:
             chosen = make_parser().parse_args(arguments)
             COMMANDS[chosen.command][1](chosen.cfg)
     except (ValueError, OSError, AssetError) as error:
-        sys.exit(f"mxd-lens: {' '.join(str(error).split())}")
+        sys.exit(f"{who}: {' '.join(str(error).split())}")
+    except RuntimeError as error:
+        if (lost := lost_rank(error)) is None:
+            raise
+        sys.exit(f"{who}: {lost}")
     except KeyboardInterrupt as error:
         said = str(error) or "interrupted; the same command goes on with what is not finished"
-        print(f"\nmxd-lens: {said}", file=sys.stderr)
+        print(f"\n{who}: {said}", file=sys.stderr)
         sys.exit(128 + getattr(error, "number", signal.SIGINT))
+    finally:
+        leave()
 
 
 if __name__ == "__main__":

@@ -99,6 +99,10 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+class Busy(ValueError):
+    """Another process is at work in a folder."""
+
+
 @contextmanager
 def locked(folder: Path, waiting: str | None = None) -> Iterator[None]:
     """Work in a folder as the only process. A process may lock what it has locked already.
@@ -116,7 +120,7 @@ def locked(folder: Path, waiting: str | None = None) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout as error:
         if waiting is None:
-            raise ValueError(
+            raise Busy(
                 f"another mxd-lens process is at work in {folder}: wait until it is done, "
                 "or choose another folder"
             ) from error

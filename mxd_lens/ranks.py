@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -94,3 +95,19 @@ class Ranks:
             [len(part) * size for part in parts],
         )
         return list(received.split(n_from_each))
+
+
+def lost_rank(error: RuntimeError) -> str | None:
+    """What to say if this is how a rank learns that another one has died."""
+    if not dist.is_initialized() or not re.search("[Cc]onnection (closed|reset)|NCCL", str(error)):
+        return None
+    return (
+        "another rank has ended, and so this one does; the same command goes on with what is not "
+        "finished, with any number of ranks"
+    )
+
+
+def leave() -> None:
+    """Part from the other ranks."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

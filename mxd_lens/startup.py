@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from functools import partialmethod
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ def prepare() -> None:
     command = Path(sys.argv[0]).name == "mxd-lens" or _is_module()
     if command:
         leave_on_signals()
+        if int(os.environ.get("RANK", 0)):  # under torchrun the first rank speaks for all
+            tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
         if not os.isatty(2):
             progress_in_lines()
     try:

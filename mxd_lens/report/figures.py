@@ -51,13 +51,16 @@ def firing(density: Float[Tensor, "d_sae"]) -> go.Figure:
 
 
 def comparison(rows: list[dict[str, Any]]) -> list[go.Figure]:
-    """What the language model loses, and how much the choice of units matters: bars where all
-    layers have one k; where they have several, lines over k, and the unexplained variance."""
-    keys = ["layer", "k", "ce_increase", "fvu", "gate_matched", "mlp_removed"]
+    """What the language model loses, and how much the choice of units matters: lines over depth
+    where there are several MLPs; bars where all layers have one k; where they have several, lines
+    over k, and the unexplained variance."""
+    keys = ["layer", "k", "hook_layer", "ce_increase", "fvu", "gate_matched", "mlp_removed"]
     frame = _drawn(pd.DataFrame([measured(row) for row in rows], columns=keys))
     ce = "Cross-entropy lost with the layer in place of the MLP"
     gate = "Cross-entropy lost by shuffling the activations, norms kept"
     removed = frame["mlp_removed"].mean()
+    if frame["hook_layer"].nunique() > 1:
+        return [_depth(frame, "ce_increase", ce), _depth(frame, "gate_matched", gate)]
     if frame["k"].nunique() < 2:
         figures = {"ce_increase": f"{ce} (MLP removed: {removed:+.4f})", "gate_matched": gate}
         return [_bars(frame, *of) for of in figures.items() if frame[of[0]].notna().any()]
@@ -66,6 +69,21 @@ def comparison(rows: list[dict[str, Any]]) -> list[go.Figure]:
         _frontier(frame, "fvu", "Fraction of variance unexplained", "FVU", {}),
         _frontier(frame, "gate_matched", gate, NATS, {"MLP removed": removed}),
     ]
+
+
+def _depth(frame: pd.DataFrame, key: str, title: str) -> go.Figure:
+    """An increase in cross-entropy by MLP, a line for each architecture and k; dotted: without the
+    MLP."""
+    ks = frame["k"].map("{:g}".format, na_action="ignore").fillna("")
+    at = _spread(frame.assign(k=ks), ["layer", "k", "hook_layer"], key).sort_values("hook_layer")
+    lines = {"x": "hook_layer", "y": "mean", "color": "layer", "symbol": "k", "markers": True}
+    figure = px.line(at, **lines, **_RANGE, **_colours(frame))
+    figure.update_traces(hovertemplate="MLP %{x}: %{y:.5f}")
+    removed = frame.groupby("hook_layer")["mlp_removed"].mean()
+    dotted = {"name": "MLP removed", "line": {"dash": "dot", "color": "grey"}, "mode": "lines"}
+    figure.add_scatter(x=removed.index, y=removed, **dotted)
+    axes = {"xaxis_title": "MLP", "yaxis": {"title": NATS, "type": "log"}}
+    return _styled(figure, title, **axes)
 
 
 def _bars(frame: pd.DataFrame, key: str, title: str) -> go.Figure:

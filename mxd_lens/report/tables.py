@@ -8,6 +8,7 @@ from mxd_lens.layers import label
 
 NONE = "-"
 COLUMNS = {
+    "MLP": "{hook_layer}",
     "layer": "{layer}",
     "k": "{k:g}",
     "seed": "{seed}",
@@ -79,9 +80,12 @@ def _said(form: str, known: dict[str, Any]) -> str:
 
 
 def decisive(rows: list[dict[str, Any]]) -> Table:
-    """The numbers that decide, a layer a line, without columns that no layer has."""
+    """The numbers that decide, a layer a line, without columns that no layer has, or the MLP's
+    if there is but one."""
     columns = {name: [_said(form, measured(row)) for row in rows] for name, form in COLUMNS.items()}
     columns = {name: cells for name, cells in columns.items() if {*cells} != {NONE}}
+    if len({*columns["MLP"]}) == 1:
+        del columns["MLP"]
     return list(columns), [list(line) for line in zip(*columns.values(), strict=True)]
 
 

@@ -106,14 +106,14 @@ def _files(
 def _load_site(run: TrainConfig) -> Site:
     """The MLP of the run's language model, see `check_sources`."""
     model = load_model(run.model, run.model_class, run.device)
-    check_sources(run, model)
+    check_sources([run], model)
     return Site.at(model, run.layer)
 
 
 def _documents(run: TrainConfig) -> tuple[Text, Text]:
     """The run's (training, held-out) documents, see `check_sources`."""
     dataset = run.load()
-    check_sources(run, dataset=dataset)
+    check_sources([run], dataset=dataset)
     return run.documents(dataset)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +25,23 @@ def claim_folder(cfg: TrainConfig, *, write: bool = True) -> None:
     claim(Path(cfg.output), RUNNER_CFG_FILENAME, settings(cfg), writes, write=write)
 
 
-def check_sources(cfg: RunConfig, model: Any = None, dataset: Text | None = None) -> None:
-    """Write down which model and text a run has, or compare them with what is written; ValueError
-    if one has changed since the run was begun."""
+def check_sources(
+    runs: Sequence[RunConfig], model: Any = None, dataset: Text | None = None
+) -> None:
+    """Write down which model and text some runs have, or compare them with what is written;
+    ValueError if one has changed since a run was begun."""
     sources = {} if model is None else {"model": model_fingerprint(model)}
     if dataset is not None:
         sources["text"] = text_fingerprint(dataset)
-    path = Path(cfg.output) / SOURCES_FILENAME
-    known = read_json(path, dict[str, str]) or {}
-    names = {"model": cfg.model, "text": cfg.dataset}
-    for source, print_now in sources.items():
-        if known.get(source, print_now) != print_now:
-            raise ValueError(
-                f"{cfg.output} was begun with another {source} than {names[source]!r} is now: "
-                "restore it, or choose another folder"
-            )
-    if sources.keys() - known.keys():
-        write_json(path, known | sources)
+    for run in runs:
+        path = Path(run.output) / SOURCES_FILENAME
+        known = read_json(path, dict[str, str]) or {}
+        names = {"model": run.model, "text": run.dataset}
+        for source, print_now in sources.items():
+            if known.get(source, print_now) != print_now:
+                raise ValueError(
+                    f"{run.output} was begun with another {source} than {names[source]!r} is "
+                    "now: restore it, or choose another folder"
+                )
+        if sources.keys() - known.keys():
+            write_json(path, known | sources)

@@ -1,17 +1,18 @@
-"""Layers of several architectures and sparsities, trained and measured alike.
+"""Layers of several architectures, sparsities and MLPs, trained and measured alike.
 
-One pass of the language model is kept on disk and read by every run. (SAELens' MultiSAETrainer
-would train all from one stream as well, but with one learning rate for all, and with nothing
-finished before everything is.)
+Of one MLP, the activations are kept on disk, and one layer after the other reads them; layers of
+several are trained side by side while the language model reads the text. Several processes may be
+at work on one comparison, on one machine or many: each takes runs that no other has.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import field
-from itertools import product
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +24,22 @@ from mxd_lens.analysis.probing import pool_layer, probe, summarise
 from mxd_lens.data.labelled import load_labelled
 from mxd_lens.data.reading import Heldout, TextActivations, read_heldout, text_activations
 from mxd_lens.data.text import Text
-from mxd_lens.fields import Count, EachOnce, Index, Name, PathStr, Seed, config
-from mxd_lens.files import claim, locked
+from mxd_lens.fields import Count, EachOnce, Name, PathStr, config
+from mxd_lens.files import Busy, claim, locked
 from mxd_lens.layers import layer_of
 from mxd_lens.models.load import load_model
 from mxd_lens.models.site import Site
+from mxd_lens.ranks import Ranks
 from mxd_lens.runs.claims import SOURCES_FILENAME, check_sources, claim_folder
 from mxd_lens.runs.config import (
     COMPARISON_FILENAME,
-    Measuring,
+    Layers,
+    ManyConfig,
     OtherText,
     RunConfig,
     TrainConfig,
     field_names,
     finished_runs,
-    has_k,
     values,
 )
 from mxd_lens.runs.results import (
@@ -50,63 +52,47 @@ from mxd_lens.runs.results import (
     read,
     write,
 )
-from mxd_lens.runs.train import check_layer, fill_activations, train
+from mxd_lens.runs.train import check_layer, train_many
 
 COMPARED = ["mxd", "mxd_paper", "topk_transcoder", "topk_skip_transcoder", "topk", "dense"]
 """Architectures of a comparison, in the order of its tables."""
 
-Key = tuple[str, int | None, int]
-"""Architecture, k where it has one, and seed."""
+_WAITING = "waiting for another process, which trains {}"
 
 
 @config
-class CompareConfig(RunConfig, Measuring):
+class CompareConfig(ManyConfig):
     """Train several architectures at several k on the same text; draw the frontier.
 
-    Example: mxd-lens compare --layer 6 --k 8 16 32 64 --expansion 16 --autocast true
+    Example: mxd-lens compare --layers 6 --k 8 16 32 64 --expansion 16 --autocast true
     """
 
     model: PathStr = "demo:smollm2"
-    layer: Index = 6
+    layers: Layers = field(default_factory=lambda: ["6"])
     dataset: PathStr = "demo:wikipedia"
     output: PathStr = "runs/compare"
     training_tokens: Count = 1_228_800
     architectures: EachOnce[Name] = field(default_factory=lambda: list(COMPARED))
-    """As `train --architecture`."""
     k: EachOnce[Count] = field(default_factory=lambda: [8, 16, 32, 64])
-    """Active experts or units per token; an architecture without a k is trained once a seed."""
-    seeds: EachOnce[Seed] = field(default_factory=lambda: [0])
-    """Seeds of the weights and of the batches' order."""
-    probe: PathStr | None = None
-    """Labelled text to probe every layer on, demo:bbc for one."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.runs()  # each run's configuration checks itself
-
-    def runs(self) -> dict[Key, TrainConfig]:
-        """The training runs, in the order they go."""
-        shared = values(self, field_names(RunConfig))
-        shared["activations"] = str(Path(self.output) / "activations")
-        runs: dict[Key, TrainConfig] = {}
-        for seed, k, name in product(self.seeds, self.k, self.architectures):
-            own: dict[str, Any] = {"k": k} if has_k(name) else {}
-            key = name, own.get("k"), seed
-            folder = "-".join([name, *(f"k{k}" for _ in own), f"seed{seed}"])
-            own |= {"architecture": name, "output": str(Path(self.output) / folder)}
-            if key not in runs:
-                runs[key] = TrainConfig(**(shared | own), seed=seed)
-        return runs
+    @property
+    def kept_activations(self) -> str | None:
+        own = Path(self.output) / "activations"
+        kept = len(self.layers) == 1 != ["all"] or own.exists()
+        return self.activations or (str(own) if kept else None)
 
 
 def compare(
-    cfg: CompareConfig,
+    cfg: ManyConfig,
     model: Any = None,
     dataset: Text | None = None,
     *,
     measured: Callable[[Path], None] = lambda results: None,
 ) -> list[dict[str, Any]]:
-    """Train and measure every layer, or those that are missing. Raises as `train` does.
+    """Train and measure every layer, or those that are missing. Raises as `train_many` does.
+
+    What another process is at work on is left to it until there is nothing else to do; then this
+    one waits, and takes over what was not finished.
 
     Args:
         measured: is called whenever ``results.json`` has been written anew.
@@ -115,56 +101,121 @@ def compare(
         One plain `Row` per layer. ``results.json``, written anew as each layer is finished, has
         these and what else earlier comparisons have left in the folder.
     """
-    folder = Path(cfg.output)
-    with locked(folder):
+    folder, ranks = Path(cfg.output), Ranks.here()
+    with _alone(folder, ranks):
         claim_comparison(cfg, write=False)
-        runs = cfg.runs()
-        asked: Parts = {"measurements": {}} | ({cfg.probe: {}} if cfg.probe else {})
-        paths = {key: Path(run.output) / "results.json" for key, run in runs.items()}
-        files = {key: ResultsFile(path, Row, asked) for key, path in paths.items()}
-        for key, run in runs.items():
-            if files[key].value is not None:
-                claim_folder(run)
         _all_rows(folder)
-        if not any(file.missing for file in files.values()):
-            if dataset is None and Path(cfg.dataset).is_file():
-                dataset = cfg.load()
-            check_sources(cfg, model, dataset)
-        else:
-            dataset = cfg.load() if dataset is None else dataset
-            documents = cfg.documents(dataset)[1]
-            labelled = load_labelled(cfg.probe) if cfg.probe else None
-            model = model or load_model(cfg.model, cfg.model_class, cfg.device)
-            site = Site.at(model, cfg.layer)
-            for run in runs.values():
+    if cfg.layers == ["all"]:
+        model = model or load_model(cfg.model, cfg.model_class, cfg.device)
+    runs = cfg.runs(None if model is None else int(model.cfg.n_layers))
+    asked: Parts = {"measurements": {}} | ({cfg.probe: {}} if cfg.probe else {})
+
+    def file_of(run: TrainConfig) -> ResultsFile[Row]:
+        return ResultsFile(Path(run.output) / "results.json", Row, asked)
+
+    def write() -> None:
+        with _alone(folder, ranks):
+            measured(write_rows(folder, _all_rows(folder)))
+
+    def taken(group: list[TrainConfig], waiting: str | None, locks: ExitStack) -> list[str]:
+        """Folders of the runs that are missing and not another process's, for the others' too."""
+        free = []
+        for run in group if ranks.first else ():
+            if file_of(run).missing and _locked(Path(run.output), waiting, locks):
+                free += [run.output] if file_of(run).missing else []
+        return ranks.agree(free)
+
+    with _alone(folder, ranks):
+        for run in runs:
+            if file_of(run).value is not None:
+                claim_folder(run)
+    if ranks.agree(any(file_of(run).missing for run in runs)):
+        dataset = cfg.load() if dataset is None else dataset
+        model = model or load_model(cfg.model, cfg.model_class, cfg.device)
+        sites = {layer: Site.at(model, layer) for layer in sorted({run.layer for run in runs})}
+        for run in runs:
+            check_layer(run, sites[run.layer])
+        with _alone(folder, ranks):
+            for run in runs:
                 claim_folder(run, write=False)
-                check_layer(run, site)
             claim_comparison(cfg)
-            check_sources(cfg, model, dataset)
-            heldout = read_heldout(
-                site, documents, n_sequences=cfg.n_sequences, **cfg.reading_heldout
-            )
-            fill_activations(cfg, folder / "activations", {site.layer: site}, dataset)
-            activations = None
-            if labelled:
-                activations = text_activations(site, labelled["text"], **cfg.reading_texts)
-            for n, (key, run) in enumerate(runs.items(), 1):
-                if not files[key].missing:
-                    continue
-                print(f"\n[{n}/{len(runs)}] {run}", flush=True)
-                with locked(Path(run.output)):
-                    sae = train(run, model, dataset)
-                    row = measure(sae, run, heldout, f"{cfg.dataset} (held out)")
-                    if labelled and activations and layer_of(sae).has_experts:
-                        row |= probe_scores(sae, activations, labelled["label"])
-                    row |= {"probe": cfg.probe} if cfg.probe else {}
-                    files[key].save(Row(**row), indent=2)
-                measured(write_rows(folder, _all_rows(folder)))
-        measured(write_rows(folder, _all_rows(folder)))  # a kill may have come before the last one
-        return [plain(file.value) for file in files.values()]
+            check_sources([cfg], model, dataset)
+        bench = Bench(cfg, sites, dataset)
+        bench.read(runs[0].layer)
+        groups = [[run] for run in runs] if cfg.kept_activations else [runs]
+        for waiting, group in product((None, _WAITING), groups):
+            with ExitStack() as locks:
+                names = taken(group, waiting, locks)
+                todo = [run for run in group if run.output in names]
+                for run in todo:
+                    print(f"\n[{runs.index(run) + 1}/{len(runs)}] {run}", flush=True)
+                if todo:
+                    train_many(todo, model, dataset)
+                for run in todo[ranks.rank :: ranks.world]:
+                    file_of(run).save(Row(**bench.row(run)), indent=2)
+                    if ranks.world == 1:
+                        write()
+                ranks.wait()
+    else:
+        if dataset is None and Path(cfg.dataset).is_file():
+            dataset = cfg.load()
+        with _alone(folder, ranks):
+            check_sources([cfg], model, dataset)
+    write()  # a kill may have come before the last one
+    ranks.wait()
+    return [plain(file_of(run).value) for run in runs]
 
 
-def claim_comparison(cfg: CompareConfig, *, write: bool = True) -> None:
+def _alone(folder: Path, ranks: Ranks) -> AbstractContextManager[Any]:
+    """For a moment, the only process that reads and writes what a comparison shares."""
+    if not ranks.first:
+        return nullcontext()
+    return locked(folder, f"waiting for another process in {folder}")
+
+
+def _locked(folder: Path, waiting: str | None, locks: ExitStack) -> bool:
+    """Take a run's folder; False if another process has it, and this one is not waiting."""
+    try:
+        locks.enter_context(locked(folder, waiting and waiting.format(folder)))
+    except Busy:
+        return False
+    return True
+
+
+class Bench:
+    """What layers of a comparison are measured with: read once for all that stand in for an MLP."""
+
+    def __init__(self, cfg: ManyConfig, sites: Mapping[int, Site], dataset: Text):
+        self.cfg, self.sites = cfg, sites
+        self.documents = cfg.documents(dataset)[1]
+        self.labelled = load_labelled(cfg.probe) if cfg.probe else None
+        self.layer: int | None = None
+
+    def read(self, layer: int) -> None:
+        """Have the language model read, for this MLP; ValueError if there is too little text."""
+        if self.layer == layer:
+            return
+        cfg, site = self.cfg, self.sites[layer]
+        self.heldout = read_heldout(
+            site, self.documents, n_sequences=cfg.n_sequences, **cfg.reading_heldout
+        )
+        self.activations = None
+        if self.labelled:
+            texts = self.labelled["text"]
+            self.activations = text_activations(site, texts, **cfg.reading_texts)
+        self.layer = layer
+
+    def row(self, run: TrainConfig) -> dict[str, Any]:
+        """A plain row: how the run's layer does."""
+        self.read(run.layer)
+        sae = load_layer(run.layer_path, run.device)
+        row = measure(sae, run, self.heldout, f"{run.dataset} (held out)")
+        if self.labelled and self.activations and layer_of(sae).has_experts:
+            row |= probe_scores(sae, self.activations, self.labelled["label"])
+        return row | ({"probe": self.cfg.probe} if self.cfg.probe else {})
+
+
+def claim_comparison(cfg: ManyConfig, *, write: bool = True) -> None:
     """Write down what all layers of a comparison share, or compare it, as `claim_folder` does."""
     shared = (field_names(RunConfig) | {"n_sequences"}) - {"output", "device"}
     writes = (RUNNER_CFG_FILENAME, "activations", "results.json", "results.html", SOURCES_FILENAME)
@@ -204,18 +255,20 @@ def probe_scores(
 def measure_again(folder: Path, text: OtherText, n_sequences: int = 64) -> Path:
     """Measure the layers of a comparison on other text: ``results-<text>.json``, this path;
     ValueError if there are none, or no text is named."""
-    runs = finished_runs(folder)
+    runs = finished_runs(folder, one_mlp=False)
     if text.dataset is None:
         raise ValueError(f"say on which --dataset to measure the layers in {folder}")
     documents = text.load()
     cfg = runs[0]
     model = load_model(cfg.model, cfg.model_class, cfg.device)
-    for run in runs:
-        check_sources(run, model)
-    site = Site.at(model, cfg.layer)
-    heldout = read_heldout(site, documents, n_sequences=n_sequences, **cfg.reading_heldout)
-    layers = ((run, load_layer(run.layer_path, run.device)) for run in runs)
-    rows = [Row(**measure(sae, run, heldout, text.dataset)) for run, sae in layers]
+    check_sources(runs, model)
+    rows = []
+    for layer, of_layer in groupby(sorted(runs, key=lambda run: run.layer), lambda run: run.layer):
+        site = Site.at(model, layer)
+        heldout = read_heldout(site, documents, n_sequences=n_sequences, **cfg.reading_heldout)
+        for run in of_layer:
+            sae = load_layer(run.layer_path, run.device)
+            rows.append(Row(**measure(sae, run, heldout, text.dataset)))
     with locked(folder):
         return write_rows(folder, rows, results_stem(text.dataset))
 

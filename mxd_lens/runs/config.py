@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, fields
+from dataclasses import asdict, field, fields, replace
+from itertools import product
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import torch
+from pydantic import AfterValidator, BeforeValidator
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME
 
 from mxd_lens.data.text import Text, load_text, split_documents
@@ -16,6 +18,7 @@ from mxd_lens.fields import (
     ContextSize,
     Count,
     Device,
+    EachOnce,
     Index,
     Name,
     NotNegative,
@@ -96,12 +99,10 @@ class Measuring:
 
 @config
 class RunConfig(TextSource):
-    """Which layer of which model on which text: what all layers of a comparison share."""
+    """Which model on which text: what all layers that are trained together share."""
 
     model: PathStr
     """Hugging Face name or local folder of the language model; demo:smollm2 needs no hub."""
-    layer: Index
-    """Which MLP to replace, counted from 0."""
     output: PathStr
     """Folder of the results. The same command again resumes what was interrupted there."""
     expansion: Count = 16
@@ -150,17 +151,9 @@ class RunConfig(TextSource):
 
 
 @config
-class TrainConfig(RunConfig):
-    """Train a layer on a language model's MLP and measure it on held-out documents.
+class Recipe:
+    """How layers are trained."""
 
-    Example: mxd-lens train --model gpt2 --layer 8 --dataset stas/openwebtext-10k --output runs/gpt2
-    """
-
-    architecture: str = "mxd"
-    """mxd, mxd_paper, topk_transcoder, topk_skip_transcoder, dense, or any that SAELens trains,
-    which is then an SAE of the MLP's output (topk, jumprelu, ...)."""
-    k: Count = 32
-    """Active experts or units per token, where the architecture has a k."""
     d_sae: Count | None = None
     """Number of experts or units; by default as many as match the expansion's parameters."""
     sae_options: str = "{}"
@@ -172,7 +165,20 @@ class TrainConfig(RunConfig):
     lr_decay_steps: Index | None = None
     """Steps of linear decay to zero at the end, by default the last fifth."""
     activations: PathStr | None = None
-    """Folder that keeps the MLP's inputs and outputs, to share one pass of the model."""
+    """Folder that keeps the MLPs' inputs and outputs for further runs. By default `train` keeps
+    none, nor does `compare` for more than one layer."""
+
+
+@config
+class TrainConfig(RunConfig, Recipe):
+    """The training run of one layer."""
+
+    layer: Index
+    """Which MLP to replace, counted from 0."""
+    architecture: str = "mxd"
+    """As one of `ManyConfig.architectures`."""
+    k: Count = 32
+    """Active experts or units per token, where the architecture has a k."""
     seed: Seed = 0
     """Seed of all that is random."""
 
@@ -216,7 +222,8 @@ class TrainConfig(RunConfig):
     def identity(self) -> dict[str, Any]:
         """What tells the run's layer from others: fields of a row of results."""
         k = self.k if has_k(self.architecture) else None
-        return {"architecture": self.architecture, "k": k, "seed": self.seed, "lr": self.peak_lr}
+        own = {"architecture": self.architecture, "k": k, "seed": self.seed, "lr": self.peak_lr}
+        return own | {"hook_layer": self.layer}
 
     @property
     def layer_path(self) -> Path:
@@ -229,7 +236,79 @@ class TrainConfig(RunConfig):
 
     def __str__(self) -> str:
         k = f", k = {self.k}" if has_k(self.architecture) else ""
-        return f"{answers(self.architecture).label}{k}, seed {self.seed}"
+        return f"layer {self.layer}: {answers(self.architecture).label}{k}, seed {self.seed}"
+
+
+def _each_layer(layers: list[str]) -> list[str]:
+    if layers != ["all"] and not all(layer.isdecimal() for layer in layers):
+        raise ValueError('must be numbers of layers, counted from 0, or "all"')
+    return layers
+
+
+Layers = Annotated[
+    EachOnce[str],
+    BeforeValidator(lambda layers: [str(layer) for layer in layers]),
+    AfterValidator(_each_layer),
+]
+
+
+@config
+class ManyConfig(RunConfig, Recipe, Measuring):
+    """Train layers in place of a language model's MLPs and measure them on held-out documents.
+
+    Example: mxd-lens train --model gpt2 --layers 8 --dataset my_text.jsonl --output runs/gpt2
+    """
+
+    layers: Layers
+    """Which MLPs to replace, counted from 0, or all."""
+    architectures: EachOnce[Name] = field(default_factory=lambda: ["mxd"])
+    """mxd, mxd_paper, topk_transcoder, topk_skip_transcoder, dense, or any that SAELens trains,
+    which is then an SAE of the MLP's output (topk, jumprelu, ...)."""
+    k: EachOnce[Count] = field(default_factory=lambda: [32])
+    """Active experts or units per token; an architecture without a k is trained once a seed."""
+    seeds: EachOnce[Seed] = field(default_factory=lambda: [0])
+    """Seeds of the weights and of the batches' order."""
+    probe: PathStr | None = None
+    """Labelled text to probe every layer on, demo:bbc for one."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.runs(1)  # each run's configuration checks itself
+
+    def runs(self, n_layers: int | None = None) -> list[TrainConfig]:
+        """The training runs, in the order they go, each in a folder in `output`.
+
+        Args:
+            n_layers: of the model; needed to know which are all.
+        """
+        if self.layers == ["all"]:
+            if n_layers is None:
+                raise ValueError("which layers are all is known once the model is loaded")
+            layers = range(n_layers)
+        else:
+            layers = map(int, self.layers)
+        shared = values(self, field_names(RunConfig) | field_names(Recipe))
+        shared["activations"] = self.kept_activations
+        runs: dict[str, TrainConfig] = {}
+        for layer, seed, k, name in product(layers, self.seeds, self.k, self.architectures):
+            own: dict[str, Any] = {"k": k} if has_k(name) else {}
+            folder = "-".join([f"layer{layer}", name, *(f"k{k}" for _ in own), f"seed{seed}"])
+            own |= {"layer": layer, "architecture": name, "seed": seed}
+            if folder not in runs:
+                output = str(Path(self.output) / folder)
+                runs[folder] = TrainConfig(**shared | own | {"output": output})
+        return list(runs.values())
+
+    def alone(self) -> TrainConfig | None:
+        """The run, in `output` itself, if only one is asked for."""
+        if self.layers == ["all"] or len(runs := self.runs()) > 1:
+            return None
+        return replace(runs[0], output=self.output)
+
+    @property
+    def kept_activations(self) -> str | None:
+        """The folder of activations that the runs read, if they do."""
+        return self.activations
 
 
 _SAID_OTHERWISE = {"d_in", "d_out", "d_sae", "k", "device", "metadata"}
@@ -251,12 +330,12 @@ def read_config(folder: Path) -> TrainConfig:
         raise ValueError(f"{path} is not the configuration of a run: {error}") from error
 
 
-def finished_runs(folder: Path) -> list[TrainConfig]:
-    """The run in this folder, or the finished ones of the comparison in it, all of one MLP.
+def finished_runs(folder: Path, one_mlp: bool = True) -> list[TrainConfig]:
+    """The run in this folder, or the finished ones of the comparison in it.
 
     Raises:
-        ValueError: there are none, they are of more than one MLP or read it differently, or a
-            file there is none of ours.
+        ValueError: there are none, they are of more than one model, or MLP if they may not be, or
+            read it differently, or a file there is none of ours.
     """
     alone = folder / RUNNER_CFG_FILENAME
     paths = [alone] if alone.exists() else sorted(folder.glob(f"*/{RUNNER_CFG_FILENAME}"))
@@ -266,7 +345,8 @@ def finished_runs(folder: Path) -> list[TrainConfig]:
         raise ValueError(f"what is in {folder} is not finished: run its command again")
     if not finished:
         raise ValueError(f"{folder} holds neither a finished run nor a comparison")
-    if len({(r.model, r.model_class, r.layer, r.context_size, r.autocast) for r in finished}) > 1:
+    reading = {(r.model, r.model_class, r.context_size, r.autocast) for r in finished}
+    if len(reading) > 1 or (one_mlp and len({run.layer for run in finished}) > 1):
         raise ValueError(
             f"{folder} holds layers of several models, at several places, or that differ in "
             "context_size or autocast: name one of the folders in it"

@@ -53,6 +53,7 @@ class Row:
     n_parameters: int
     training_tokens: int | None
     model_name: str | None
+    hook_layer: int
     hook_name: str
     hook_name_out: str
     ce_original: float

@@ -94,8 +94,9 @@ def train_many(runs: Sequence[TrainConfig], model: Any = None, dataset: Text | N
         if all(finished):
             if runs and dataset is None and Path(runs[0].dataset).is_file():
                 dataset = runs[0].load()
+            if ranks.first:
+                check_sources(runs, model, dataset)
             for run in runs if ranks.first else ():
-                check_sources(run, model, dataset)
                 drop_checkpoints(_checkpoints(run), settings(run))
             return
         cfg = runs[0]
@@ -107,7 +108,8 @@ def train_many(runs: Sequence[TrainConfig], model: Any = None, dataset: Text | N
             check_layer(run, sites[run.layer])
         for run in runs if ranks.first else ():
             claim_folder(run)
-            check_sources(run, model, dataset)
+        if ranks.first:
+            check_sources(runs, model, dataset)
         ranks.wait()
         runs = [run for run, is_there in zip(runs, finished, strict=True) if not is_there]
         plan = ranks.agree(_plan(runs, sites, ranks))
