@@ -33,14 +33,15 @@ from mxd_lens.models.site import Site
 from mxd_lens.models.splice import splice
 from mxd_lens.report.page import write_report
 from mxd_lens.runs.compare import CompareConfig, compare
-from mxd_lens.runs.config import TrainConfig
-from mxd_lens.runs.train import train
+from mxd_lens.runs.config import ManyConfig, TrainConfig
+from mxd_lens.runs.train import train, train_many
 
 __version__ = version("mxd-lens")
 
 __all__ = [
     "CompareConfig",
     "MLPShape",
+    "ManyConfig",
     "MxD",
     "MxDConfig",
     "Site",
@@ -70,6 +71,7 @@ __all__ = [
     "steer",
     "steering_directions",
     "train",
+    "train_many",
     "width_for",
     "write_report",
 ]

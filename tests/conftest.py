@@ -223,6 +223,11 @@ TINY_RUN = {
 }
 
 
+TINY_RUNS: dict[str, Any] = {n: value for n, value in TINY_RUN.items() if n != "layer"}
+TINY_RUNS |= {"layers": [1]}
+"""The same, of a `ManyConfig`."""
+
+
 @pytest.fixture
 def make_config(tmp_path) -> Callable[..., TrainConfig]:
     """``make_config(**fields)``: a run of 40 steps on `documents`."""
@@ -240,7 +245,7 @@ def make_compare(tmp_path) -> Callable[..., CompareConfig]:
 
     def make(**fields: Any) -> CompareConfig:
         defaults = {"output": str(tmp_path / "compare"), "k": [2, 3], "n_sequences": 4}
-        return CompareConfig(**(TINY_RUN | defaults | fields))
+        return CompareConfig(**(TINY_RUNS | defaults | fields))
 
     return make
 

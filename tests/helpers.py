@@ -27,6 +27,7 @@ from mxd_lens.runs.analyse import (
     run_steer,
 )
 from mxd_lens.runs.config import COMPARISON_FILENAME
+from mxd_lens.runs.results import VERSION
 from tests.conftest import D_MLP, D_MODEL, TINY_RUN, randomise
 
 HOOK_IN, HOOK_OUT = "blocks.1.mlp.hook_in", "blocks.1.mlp.hook_out"
@@ -52,7 +53,7 @@ GATE = ("ce_mean_gate", "ce_shuffled_gate", "ce_shuffled_gate_matched")
 ROW: dict[str, Any] = {
     **{"architecture": "mxd", "seed": 0, "lr": 3e-3, "dataset": "tiny (held out)", "k": 3},
     **{"d_sae": 12, "d_hidden": 32, "n_parameters": 1000, "training_tokens": 1280},
-    **{"model_name": "tiny", "hook_name": HOOK_IN, "hook_name_out": HOOK_OUT},
+    **{"model_name": "tiny", "hook_layer": 1, "hook_name": HOOK_IN, "hook_name_out": HOOK_OUT},
     **dict(zip(CE, (3.0, 3.0625, 3.0625, 3.5, 0.0625), strict=True)),
     **dict(zip(GATE, (3.125, 3.25, 3.1875), strict=True)),
     **{"ce_recovered": 0.875, "ce_tokens": 64, "heldout_tokens": 64, "kl": 0.01, "fvu": 0.04},
@@ -93,14 +94,14 @@ def write_run(
     write_json(folder / "runner_cfg.json", TINY_RUN | what | {"seed": seed})
     write_json(folder / "layer" / "cfg.json", what | {"d_sae": ROW["d_sae"]})
     for stem, value in ({"results": ROW | what | {"seed": seed}} | files).items():
-        write_json(folder / f"{stem}.json", {"version": 1} | value)
+        write_json(folder / f"{stem}.json", {"version": VERSION} | value)
     return folder
 
 
 def write_comparison(folder: Path, *rows: dict[str, Any]) -> Path:
     """The results of a comparison of such layers."""
     write_json(folder / COMPARISON_FILENAME, {})
-    results = {"version": 1, "rows": [ROW | row for row in rows]}
+    results = {"version": VERSION, "rows": [ROW | row for row in rows]}
     write_json(folder / "results.json", results)
     return folder / "results.json"
 

@@ -90,6 +90,7 @@ def evaluate(
     row = {
         "architecture": metadata.training_architecture or sae.cfg.architecture(),
         "model_name": metadata.model_name,
+        "hook_layer": site.layer,
         "hook_name": site.hook_in,
         "hook_name_out": site.hook_out,
         "k": getattr(sae.cfg, "k", None),

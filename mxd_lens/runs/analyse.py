@@ -61,7 +61,7 @@ from mxd_lens.runs.results import Parts, ResultsFile, load_layer, read_layer_fil
 class AnalysisConfig:
     """Put all that is known of a run on one page, with a browser of its experts.
 
-    Example: mxd-lens report runs/demo/mxd-k32-seed0
+    Example: mxd-lens report runs/demo/layer6-mxd-k32-seed0
     """
 
     run: PathStr = argument(positional=True, metavar="RUN")
@@ -237,7 +237,7 @@ def _markdown(head: list[str], lines: list[list[str]]) -> str:
 class ExpertsConfig(AnalysisConfig, OtherText, Sampling):
     """Describe every expert: where it fires, what it promotes, which others are like it.
 
-    Example: mxd-lens experts runs/demo/mxd-k32-seed0 --n_tokens 100_000
+    Example: mxd-lens experts runs/demo/layer6-mxd-k32-seed0 --n_tokens 100_000
     """
 
     n_tokens: Count = 100_000

@@ -222,8 +222,7 @@ class TrainConfig(RunConfig, Recipe):
     def identity(self) -> dict[str, Any]:
         """What tells the run's layer from others: fields of a row of results."""
         k = self.k if has_k(self.architecture) else None
-        own = {"architecture": self.architecture, "k": k, "seed": self.seed, "lr": self.peak_lr}
-        return own | {"hook_layer": self.layer}
+        return {"architecture": self.architecture, "k": k, "seed": self.seed, "lr": self.peak_lr}
 
     @property
     def layer_path(self) -> Path:

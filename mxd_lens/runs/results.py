@@ -3,7 +3,7 @@
 Every file names the `VERSION` of its form. `read` gives typed rows, `plain` the same as
 dictionaries, ready for tables and JSON::
 
-    row = read(Path("runs/demo/mxd-k32-seed0/results.json"), Row)
+    row = read(Path("runs/demo/layer6-mxd-k32-seed0/results.json"), Row)
     rows = read_rows(Path("runs/demo/results.json"))
 """
 
@@ -20,7 +20,7 @@ from typing_extensions import NotRequired, TypedDict, dataclass_transform
 
 from mxd_lens.files import check_same, read_json, write_json
 
-VERSION = 1
+VERSION = 2
 """Of the form of all these files."""
 
 T = TypeVar("T")

@@ -42,7 +42,7 @@ def test_train_on_a_local_file_swap_in_and_measure(tmp_path, capsys):
     wikipedia().shuffle(seed=1).select(range(1500)).to_json(text)
     run = tmp_path / "run"
     arguments = (
-        f"train --model demo:smollm2 --layer 6 --dataset {text} --output {run} "
+        f"train --model demo:smollm2 --layers 6 --dataset {text} --output {run} "
         f"--autocast {bfloat16_is_fast()} "
         "--d_sae 1024 --training_tokens 81920 --heldout_documents 300"
     ).split()

@@ -90,7 +90,7 @@ def commands(llama_folder, tmp_path_factory):
         "train in a comparison": lambda folder: [
             *[*one[: one.index("--k")], "--k", 2, "--expansion", 8],
             *("--activations", folder / "run" / "activations"),
-            *("--output", folder / "run" / "mxd-k2-seed0"),
+            *("--output", folder / "run" / "layer1-mxd-k2-seed0"),
         ],
         "evaluate": lambda folder: ["evaluate", folder / "run", "--dataset", text],
     }

@@ -18,7 +18,7 @@ from mxd_lens.layers.mxd import MxD
 from mxd_lens.models.site import Site
 from mxd_lens.runs.analyse import AnalysisConfig, ExpertsConfig, ProbeConfig, SteerConfig
 
-from ..conftest import TINY_RUN
+from ..conftest import TINY_RUN, TINY_RUNS
 from ..helpers import placed
 
 
@@ -87,7 +87,7 @@ class TestConfigurations:
     )
     def test_a_comparison(self, fields, message):
         with pytest.raises(ValueError, match=message):
-            CompareConfig(**TINY_RUN | {"output": "nowhere"} | fields)
+            CompareConfig(**TINY_RUNS | {"output": "nowhere"} | fields)
 
     @pytest.mark.parametrize(
         ("cfg_class", "fields", "message"),
@@ -137,7 +137,7 @@ class TestBeforeTheWork:
         self, untouched, tiny_bridge, documents, tmp_path, architecture
     ):
         sizes = {"expansion": 4, "architectures": [architecture], "k": [2, 1000]}
-        cfg = CompareConfig(**TINY_RUN | {"output": str(tmp_path / "out")} | sizes)
+        cfg = CompareConfig(**TINY_RUNS | {"output": str(tmp_path / "out")} | sizes)
         with pytest.raises(ValueError, match=r"k=1000 cannot be active out of d_sae="):
             compare(cfg, tiny_bridge, documents)
         assert [path.name for path in (tmp_path / "out").iterdir()] == [LOCK]

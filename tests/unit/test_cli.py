@@ -12,7 +12,7 @@ from mxd_lens.runs.results import read_rows
 @pytest.fixture
 def run(llama_folder, text, capsys):
     """``run(command, *arguments)``: what it printed."""
-    common = f"--model {llama_folder} --layer 1 --dataset {text} --training_tokens 640 "
+    common = f"--model {llama_folder} --layers 1 --dataset {text} --training_tokens 640 "
     common += "--batch_size 32 --context_size 8 --lm_batch_size 4 --heldout_documents 40 "
     common = f"{common} --device cpu".split()
 
@@ -34,7 +34,7 @@ def test_compare_then_evaluate_all_on_other_text(run, tmp_path):
     page = (folder / "results.html").read_text()
     assert all(f"<td>{row['ce_increase']:.4f}</td>" in page for row in rows)
 
-    one = folder / "topk_transcoder-k2-seed0" / "results.json"
+    one = folder / "layer1-topk_transcoder-k2-seed0" / "results.json"
     measured = json.loads(one.read_text())
     run("evaluate", str(one.parent), "--n_sequences", "4")
     assert json.loads(one.read_text()) == measured
@@ -54,7 +54,7 @@ def test_compare_then_evaluate_all_on_other_text(run, tmp_path):
 
 def test_train_any_architecture_then_evaluate(run, tmp_path):
     folder = tmp_path / "sae"
-    arguments = f"--output {folder} --architecture batchtopk --k 3 --d_sae 24".split()
+    arguments = f"--output {folder} --architectures batchtopk --k 3 --d_sae 24".split()
     printed = run("train", *arguments)
     (row,) = read_rows(folder / "results.json")
     assert row["hook_name"] == row["hook_name_out"] == "blocks.1.mlp.hook_out"

@@ -196,7 +196,9 @@ def attempt(folder):
     return attempt
 
 
-RUNS = st.sampled_from(["out", "out/mxd-k2-seed0", "out/topk-k2-seed0", "out/dense-seed0"])
+RUNS = st.sampled_from(
+    ["out", "out/layer1-mxd-k2-seed0", "out/layer1-topk-k2-seed0", "out/layer1-dense-seed0"]
+)
 RUNS |= st.sampled_from(["nowhere", "text.txt"])
 SAMPLED = {"sample_tokens": "3", "n_samples": "2", "strengths": ["1"], "experts": ["1"]}
 COMMANDS = {

@@ -12,11 +12,11 @@ from mxd_lens.cli import main
 from mxd_lens.runs.analyse import SteerConfig, run_steer
 from mxd_lens.runs.config import finished_runs
 
-from ..conftest import TINY_RUN
+from ..conftest import TINY_RUNS
 from ..helpers import ANALYSES, write_comparison, write_run
 
-FOREIGN = ["[]", "{}", "3", '{"a": 1}', '[{"a": 1}]', "null", '{"version": 1}']
-OLDER = '{"version": 0}'
+FOREIGN = ["[]", "{}", "3", '{"a": 1}', '[{"a": 1}]', "null", '{"version": 2}']
+OLDER = '{"version": 1}'
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ class TestReport:
         (run / f"{name}.json").write_text(content)
         said = "not what mxd-lens writes there"
         if content == OLDER:
-            said += ".*version=0, this mxd-lens reads 1"
+            said += ".*version=1, this mxd-lens reads 2"
         with pytest.raises(ValueError, match=rf"{name}\.json is {said}"):
             write_report(run)
 
@@ -125,7 +125,7 @@ def test_a_configuration_with_fields_of_another_program(run, edit_json):
 def test_a_comparisons_folder_before_anything_is_trained(tiny_bridge, documents, at_step, tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "results.json").write_text("{}")
-    cfg = CompareConfig(**TINY_RUN | {"output": str(tmp_path), "architectures": ["topk"]})
+    cfg = CompareConfig(**TINY_RUNS | {"output": str(tmp_path), "architectures": ["topk"]})
     with (
         at_step(0, lambda: pytest.fail("trained first")),
         pytest.raises(ValueError, match=r"other/results\.json is not what mxd-lens writes there"),

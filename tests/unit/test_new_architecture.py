@@ -100,14 +100,14 @@ def test_it_goes_through_everything(
 ):
     out = tmp_path / "out"
     sizes = "--training_tokens 1280 --batch_size 32 --context_size 8 --lm_batch_size 4"
-    sizes += " --heldout_documents 40 --expansion 4 --k 3 --n_sequences 8 --layer 1"
+    sizes += " --heldout_documents 40 --expansion 4 --k 3 --n_sequences 8 --layers 1"
     what = f"--model {llama_folder} --dataset {text} --output {out} --device cpu"
     main(f"compare {what} {sizes} --architectures mxd gain_transcoder dense".split())
     (row,) = (row for row in read_rows(out / "results.json") if "gain" in row["architecture"])
     assert row["lr"] == 2e-2 and row["d_sae"] == 4 * D_MODEL and row["l0"] <= 3
     assert row["ce_shuffled_gate"] != row["ce_replaced"] > 0
 
-    run = out / "gain_transcoder-k3-seed0"
+    run = out / "layer1-gain_transcoder-k3-seed0"
     layer = SAE.load_from_disk(run / "layer")
     assert isinstance(layer, GainTranscoder) and (layer.gain != 1).any()
     x = torch.randn(5, D_MODEL)

@@ -24,14 +24,15 @@ def test_all_are_packaged():
 @pytest.mark.parametrize("name", PAPER)
 def test_layers_and_learning_rates_are_the_papers(name):
     cfg = parse("--config_path", name)
-    assert (cfg.layer, cfg.peak_lr, cfg.architecture) == (*PAPER[name], "mxd_paper")
+    (run,) = cfg.runs()
+    assert (run.layer, run.peak_lr, run.architecture) == (*PAPER[name], "mxd_paper")
     assert (cfg.batch_size, cfg.context_size, cfg.training_tokens) == (4096, 128, 480_000_000)
-    assert (cfg.warm_up_and_decay, cfg.streaming, cfg.expansion) == ((5000, 0), True, 32)
+    assert (run.warm_up_and_decay, cfg.streaming, cfg.expansion) == ((5000, 0), True, 32)
 
 
 def test_options_override_the_file(tmp_path):
     cfg = parse("--config_path", "gpt2-124m", "--k", "64", "--output", str(tmp_path))
-    assert (cfg.model, cfg.k, cfg.output) == ("gpt2", 64, str(tmp_path))
+    assert (cfg.model, cfg.k, cfg.output) == ("gpt2", [64], str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -47,6 +48,6 @@ def test_a_file_that_is_no_configuration(tmp_path, content, message):
     path = tmp_path / "own.yaml"
     if content is not None:
         path.write_text(content)
-    common = ["--model", "m", "--layer", "0", "--dataset", "d", "--output", str(tmp_path)]
+    common = ["--model", "m", "--layers", "0", "--dataset", "d", "--output", str(tmp_path)]
     with pytest.raises(SystemExit, match=f"^mxd-lens: .*{message}"):
         main(["train", "--config_path", str(path), *common])

@@ -12,7 +12,7 @@ from plotly.offline import get_plotlyjs
 from mxd_lens.files import write_json
 from mxd_lens.report.page import write_comparison_page, write_report, write_run_page
 from mxd_lens.report.tables import comparison_table, method_label, summary, table
-from mxd_lens.runs.results import read_rows
+from mxd_lens.runs.results import VERSION, read_rows
 
 from ..helpers import GATE, ROW, write_comparison, write_run
 
@@ -221,7 +221,7 @@ class TestWhatIsThere:
         run = write_whole(tmp_path)
         probes = probe_file("topk_transcoder")
         probes["datasets"]["tiny"]["asked"]["n_texts"] = 9
-        write_json(tmp_path / "same" / "probe.json", {"version": 1} | probes)
+        write_json(tmp_path / "same" / "probe.json", {"version": VERSION} | probes)
         bars = Page(write_report(run)).figure_with("features the probe reads")["data"]
         assert [bar["name"] for bar in bars] == ["MxD", "neurons"]
 
@@ -249,7 +249,7 @@ class TestWhatIsThere:
     def test_steering_from_another_prompt_is_left_out(self, tmp_path):
         run = write_whole(tmp_path)
         steering = steering_file("topk_transcoder", prompt="But")
-        write_json(tmp_path / "same" / "steering.json", {"version": 1} | steering)
+        write_json(tmp_path / "same" / "steering.json", {"version": VERSION} | steering)
         figure = Page(write_report(run)).figure_with("perplexity")
         assert {trace["name"] for trace in figure["data"]} == {"MxD", "unsteered"}
 
@@ -350,7 +350,7 @@ class TestWhatIsMissing:
 
     def test_a_parent_that_is_no_comparison(self, tmp_path):
         run = write_run(tmp_path / "run")
-        write_json(tmp_path / "results.json", {"version": 1} | ROW)
+        write_json(tmp_path / "results.json", {"version": VERSION} | ROW)
         assert len(Page(write_report(run)).figures) == 1
 
     def test_what_only_other_runs_have(self, tmp_path):

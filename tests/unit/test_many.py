@@ -1,0 +1,251 @@
+"""Many layers from one pass of the language model: each is the one that its run alone trains."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sae_lens.training.sae_trainer import SAETrainer
+from safetensors.torch import load_file
+
+from mxd_lens import train, train_many
+from mxd_lens.data.activations import Reader
+from mxd_lens.runs.config import ManyConfig
+from mxd_lens.runs.plan import Job, Memory, deal, make_plan
+from mxd_lens.startup import Interrupted
+
+from ..conftest import TINY_RUNS
+from ..helpers import same
+
+SIZES = {"k": [2, 3], "d_sae": 12, "training_tokens": 32 * 40}
+
+
+def many(output: Path, **fields: Any) -> ManyConfig:
+    return ManyConfig(**TINY_RUNS | SIZES | {"layers": [0, 1], "output": str(output)} | fields)
+
+
+def weights(folder: str | Path) -> dict[str, torch.Tensor]:
+    layer = Path(folder) / "layer"
+    return load_file(layer / "sae_weights.safetensors") | load_file(layer / "sparsity.safetensors")
+
+
+def metadata(folder: str | Path) -> dict[str, Any]:
+    return json.loads((Path(folder) / "layer" / "cfg.json").read_text())
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_each_is_the_layer_that_its_run_alone_trains(
+    tiny_bridge, documents, tmp_path, monkeypatch, cached
+):
+    architectures = ["mxd", "topk_skip_transcoder", "batchtopk_transcoder", "topk", "dense"]
+    kept = {"activations": str(tmp_path / "acts")} if cached else {}
+    options = {"architectures": architectures, "seeds": [0, 4]} | kept
+    n_passes = []
+    read = Reader._run
+    monkeypatch.setattr(Reader, "_run", lambda *a: n_passes.append(1) or read(*a))
+    runs = many(tmp_path / "together", **options).runs()
+    train_many(runs, tiny_bridge, documents)
+    assert len(runs) == 36 and len(n_passes) < 60
+    for run in many(tmp_path / "alone", **options).runs()[::5]:
+        train(run, tiny_bridge, documents)
+        together = run.output.replace("/alone/", "/together/")
+        same(weights(together), weights(run.output))
+        assert metadata(together) == metadata(run.output)
+        assert {p.name for p in Path(together).iterdir()} == {
+            p.name for p in Path(run.output).iterdir()
+        }
+
+
+def test_what_was_trained_alone_is_not_trained_again(tiny_bridge, documents, tmp_path, monkeypatch):
+    runs = many(tmp_path).runs()
+    train(runs[1], tiny_bridge, documents)
+    seen = []
+    step = SAETrainer.step
+    monkeypatch.setattr(SAETrainer, "step", lambda self, b: seen.append(self) or step(self, b))
+    train_many(runs, tiny_bridge, documents)
+    assert len(set(map(id, seen))) == len(runs) - 1
+    train_many(runs, tiny_bridge, documents)
+    assert len(seen) == 40 * (len(runs) - 1)
+
+
+def test_runs_stopped_at_different_steps_go_on_together(tiny_bridge, documents, tmp_path, at_step):
+    first, *others = many(tmp_path / "whole").runs()
+    train_many([first, *others], tiny_bridge, documents)
+    runs = many(tmp_path / "stopped").runs()
+    for some, step in ((runs[:1], 25), (runs[1:3], 12)):
+        once = iter([signal.SIGINT])
+        stop = lambda once=once: [os.kill(os.getpid(), number) for number in once]  # noqa: E731
+        with at_step(step, stop), pytest.raises(Interrupted):
+            train_many(some, tiny_bridge, documents)
+    train_many(runs[:3], tiny_bridge, documents)  # from steps 26, 13 and 13 on
+    train_many(runs, tiny_bridge, documents)
+    for run in runs:
+        same(weights(run.output), weights(run.output.replace("/stopped/", "/whole/")))
+        assert not (Path(run.output) / "checkpoints").exists()
+
+
+def test_a_resumed_run_has_the_model_read_little(
+    tiny_bridge, documents, make_config, at_step, monkeypatch
+):
+    tokens = {"training_tokens": 32 * 800}
+    cfg = make_config(**tokens)
+    with at_step(700, lambda: os.kill(os.getpid(), signal.SIGINT)), pytest.raises(Interrupted):
+        train(cfg, tiny_bridge, documents)
+    n_passes = []
+    read = Reader._run
+    monkeypatch.setattr(Reader, "_run", lambda *a: n_passes.append(1) or read(*a))
+    train(cfg, tiny_bridge, documents)
+    of_resumed = len(n_passes)
+    whole = make_config(output=cfg.output + "-whole", **tokens)
+    train(whole, tiny_bridge, documents)
+    assert of_resumed < 300 and len(n_passes) - of_resumed > 800
+    same(weights(cfg.output), weights(whole.output))
+
+
+def test_one_that_diverges_leaves_the_others_theirs(tiny_bridge, documents, tmp_path):
+    runs = [run for lr in (1e-2, 1e35) for run in many(tmp_path / f"{lr}", k=[3], lr=lr).runs()]
+    with pytest.raises(ValueError, match=r"diverged.*lower lr of .*1e\+35/layer0.* \(1e\+35\)"):
+        train_many(runs, tiny_bridge, documents)
+    assert [run.finished for run in runs] == [True, True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [({"batch_size": 64}, "differ in batch_size"), ({}, "need a folder each")],
+)
+def test_runs_that_cannot_go_together(tmp_path, fields, message):
+    with pytest.raises(ValueError, match=message):
+        train_many([*many(tmp_path).runs(), *many(tmp_path, **fields).runs()])
+
+
+class TestPlan:
+    @staticmethod
+    def job(n: int, can_share: bool = True) -> Job:
+        return Job(layer=0, seed=0, n_parameters=n, largest=n, d_sae=1, can_share=can_share)
+
+    @staticmethod
+    def need(jobs: Any) -> Memory:
+        return Memory(layers=sum(job.n_parameters for job in jobs), buffers=0, step=0, reading=0)
+
+    def test_as_few_passes_as_fit(self):
+        jobs = [self.job(n) for n in (40, 40, 40, 80, 10)]
+        plan = make_plan(jobs, self.need, 100)
+        assert [sorted(members) for members in plan.passes] == [[0, 1], [2], [3, 4]]
+        assert plan.memory.total == 90
+
+    def test_two_ranks_take_twice_as_much(self):
+        plan = make_plan([self.job(n) for n in (40, 40, 40, 40)], self.need, 100, world=2)
+        assert len(plan.passes) == 1 and plan.memory.total == 80
+
+    def test_what_does_not_fit_alone_is_refused(self):
+        with pytest.raises(ValueError, match=r"takes .* make it narrower"):
+            make_plan([self.job(40), self.job(400)], self.need, 100)
+
+    def test_the_largest_are_dealt_first(self):
+        assert deal([self.job(n) for n in (1, 5, 2, 4)], 2) == [(0,), (0,), (1,), (1,)]
+
+    def test_ranks_to_spare_share_the_largest_that_can_be_shared(self):
+        jobs = [self.job(9, can_share=False), self.job(8), self.job(2)]
+        assert deal(jobs, 6) == [(0,), (1, 3, 4, 5), (2,)]
+        assert deal(jobs[:1], 3) == [(0,)]
+
+
+@pytest.fixture
+def run_on(llama_folder, text) -> Callable[..., subprocess.Popen]:
+    """``run_on(n, command, **options)``: start mxd-lens on n ranks."""
+
+    def start(n: int, output: Path, command: str = "train", **options: Any) -> subprocess.Popen:
+        fields = TINY_RUNS | SIZES | {"layers": [0, 1], "output": output} | options
+        fields |= {"model": llama_folder, "dataset": text}
+        said = [str(x) for name, value in fields.items() for x in (f"--{name}", *_each(value))]
+        torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(n), "-m"]
+        started = [*(torchrun if n > 1 else []), "mxd_lens", command, *said]
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen([sys.executable, "-m", *started], env=env, **pipes)
+
+    return start
+
+
+def _each(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def finish(process: subprocess.Popen) -> tuple[str, str]:
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return out, err
+
+
+def test_ranks_train_the_layers_that_one_process_trains(run_on, tmp_path):
+    """On two, and on three, to which four runs cannot be dealt evenly."""
+    outputs = {n: finish(run_on(n, tmp_path / str(n))) for n in (1, 2, 3)}
+    names = sorted(path.name for path in (tmp_path / "1").glob("layer*"))
+    assert len(names) == 4
+    rows = json.loads((tmp_path / "1" / "results.json").read_text())
+    for n in (2, 3):
+        for name in names:
+            same(weights(tmp_path / str(n) / name), weights(tmp_path / "1" / name))
+        assert json.loads((tmp_path / str(n) / "results.json").read_text()) == rows
+        assert outputs[n][0].count("| MxD |") == outputs[1][0].count("| MxD |") == 4
+
+
+def test_ranks_share_the_batches_of_one_run(run_on, tmp_path):
+    one = {"layers": [1], "k": [3]}
+    for n in (1, 3):
+        finish(run_on(n, tmp_path / str(n), **one))
+    alone, shared = weights(tmp_path / "1"), weights(tmp_path / "3")
+    for name in alone:
+        torch.testing.assert_close(shared[name], alone[name], rtol=1e-3, atol=2e-5)
+    assert metadata(tmp_path / "3") == metadata(tmp_path / "1")
+
+
+def test_a_rank_that_is_killed_ends_all_and_the_runs_go_on_with_another_number(run_on, tmp_path):
+    long = {"training_tokens": 32 * 1500, "k": [3]}
+    process = run_on(3, tmp_path / "killed", **long)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "killed").glob("*/checkpoints/*/runner_cfg.json")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    ranks = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
+    ).stdout.split()
+    os.kill(int(ranks[-1]), signal.SIGKILL)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "another rank has ended" in err
+    finish(run_on(2, tmp_path / "killed", **long))
+    finish(run_on(1, tmp_path / "whole", **long))
+    for path in (tmp_path / "whole").glob("layer*"):
+        same(weights(tmp_path / "killed" / path.name), weights(path))
+
+
+def test_processes_share_a_comparison_and_one_may_be_killed(run_on, tmp_path):
+    settings = {
+        "layers": [1],
+        "architectures": ["mxd", "topk_transcoder", "dense"],
+        "seeds": [0, 1],
+    }
+    settings |= {"command": "compare", "training_tokens": 32 * 300}
+    finish(run_on(1, tmp_path / "alone", **settings))
+    killed, *others = (run_on(1, tmp_path / "shared", **settings) for _ in range(3))
+    while not list((tmp_path / "shared").glob("*/checkpoints/*/runner_cfg.json")):
+        assert killed.poll() is None
+        time.sleep(0.05)
+    killed.kill()
+    outputs = [finish(process)[0] for process in others]
+    begun = [line for out in outputs for line in out.splitlines() if line.startswith("[")]
+    assert len(begun) == len(set(begun)) <= 10
+    rows = [json.loads((tmp_path / n / "results.json").read_text()) for n in ("alone", "shared")]
+    assert rows[0] == rows[1] and len(rows[0]["rows"]) == 10
+    table = outputs[0][outputs[0].index("| layer |") :].splitlines()[:12]
+    assert all(table == out[out.index("| layer |") :].splitlines()[:12] for out in outputs)
