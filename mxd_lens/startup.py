@@ -44,7 +44,8 @@ def prepare() -> None:
     if command:
         leave_on_signals()
         if int(os.environ.get("RANK", 0)):  # under torchrun the first rank speaks for all
-            tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
+            silent: Any = partialmethod(tqdm.__init__, disable=True)
+            tqdm.__init__ = silent
         if not os.isatty(2):
             progress_in_lines()
     try:

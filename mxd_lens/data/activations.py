@@ -113,7 +113,7 @@ class Reader:
     ):
         self.store, self.sites, self.needs, self.ranks = store, sites, needs, ranks
         self.device, self.dtype = device, dtype
-        self.d_pair = 2 * int(store.model.cfg.d_model)
+        self.d_pair = 2 * int(sites[0].model.cfg.d_model)
 
     def passes(self) -> Iterator[Pass]:
         """All that is to be read, unread: the text again and again; ValueError if it is too short

@@ -293,9 +293,9 @@ class ManyConfig(RunConfig, Recipe, Measuring):
             own: dict[str, Any] = {"k": k} if has_k(name) else {}
             folder = "-".join([f"layer{layer}", name, *(f"k{k}" for _ in own), f"seed{seed}"])
             own |= {"layer": layer, "architecture": name, "seed": seed}
+            own["output"] = str(Path(self.output) / folder)
             if folder not in runs:
-                output = str(Path(self.output) / folder)
-                runs[folder] = TrainConfig(**shared | own | {"output": output})
+                runs[folder] = TrainConfig(**(shared | own))
         return list(runs.values())
 
     def alone(self) -> TrainConfig | None:

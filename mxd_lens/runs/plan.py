@@ -129,7 +129,7 @@ def make_plan(
             tried = [i]
             members, need = _dealt(jobs, tried, memory_of, world)
         elif together:
-            passes.pop(), needs.pop()
+            del passes[-1], needs[-1]
         if need.total > free * SPARE:
             raise ValueError(
                 f"training the layer in place of MLP {job.layer} takes {gib(need.total)} beside "

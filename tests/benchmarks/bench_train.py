@@ -12,27 +12,29 @@ import os
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from sae_lens.training.activations_store import ActivationsStore
+from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from sae_lens.training.sae_trainer import SAETrainer
 
 from mxd_lens import TrainConfig, load_model, train
-from mxd_lens.data.activations import pairs
+from mxd_lens.data.stream import Stream
 from mxd_lens.layers.base import TrainingPairLayer
 
 DEVICE = os.environ.get("DEVICE", "cpu")
 REST = "the rest of the trainer"
 PARTS: dict[str, tuple[Any, str]] = {
     "language model": (ActivationsStore, "get_multi_hook_activations"),
+    "buffer, tokens": (Stream, "__next__"),
     "layer, forward": (TrainingPairLayer, "training_forward_pass"),
     "layer, backward": (torch.Tensor, "backward"),
     "optimiser": (torch.optim.Adam, "step"),
     "checkpoints": (SAETrainer, "save_checkpoint"),
-    REST: (SAETrainer, "fit"),
+    REST: (MultiSAETrainer, "fit"),
 }
 
 
@@ -56,12 +58,6 @@ def main() -> None:
 
         return call
 
-    def timed_pairs(*args: Any) -> Iterator[torch.Tensor]:
-        batches = pairs(*args)
-        batch = timed("buffer, tokens", lambda: next(batches))
-        while True:
-            yield batch()
-
     model = load_model("demo:smollm2", device=DEVICE)
     with tempfile.TemporaryDirectory() as folder:
         cfg = TrainConfig(
@@ -77,7 +73,6 @@ def main() -> None:
             patch.object(owner, method, timed(name, getattr(owner, method)))
             for name, (owner, method) in PARTS.items()
         ]
-        patches.append(patch("mxd_lens.runs.train.pairs", timed_pairs))
         for each in patches:
             each.start()
         try:

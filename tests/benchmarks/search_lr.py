@@ -10,15 +10,14 @@ comparison are not touched. Prints a table, a row at a time; finished runs are k
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from sae_lens import SAE
 
 from mxd_lens import CompareConfig, Site, load_model, train
-from mxd_lens.data.activations import stored_pairs
+from mxd_lens.data.cache import stored_pairs
 from mxd_lens.layers import layer_of
-from mxd_lens.runs.train import fill_activations
+from mxd_lens.runs.train import fill_activations, of_layer
 
 LEARNING_RATES = [1e-3, 3e-3, 1e-2, 3e-2]
 SEARCH = CompareConfig(output="runs/search", training_tokens=409_600, k=[32], autocast=True)
@@ -43,18 +42,20 @@ def measure(sae: SAE, validation: torch.Tensor, d_in: int) -> tuple[float, float
 
 def main() -> None:
     model = load_model(SEARCH.model, SEARCH.model_class, SEARCH.device)
-    site = Site.at(model, SEARCH.layer)
-    activations = Path(SEARCH.output) / "activations"
+    site = Site.at(model, int(SEARCH.layers[0]))
+    activations = str(SEARCH.kept_activations)
     n_tokens = SEARCH.training_tokens + N_VALIDATION
-    fill_activations(replace(SEARCH, training_tokens=n_tokens), activations, site)
-    validation = stored_pairs(activations, n_tokens)[SEARCH.training_tokens :].float()
+    fill_activations(replace(SEARCH, training_tokens=n_tokens), activations, {site.layer: site})
+    validation = stored_pairs(of_layer(activations, site.layer), n_tokens)[
+        SEARCH.training_tokens :
+    ].float()
     print("| architecture | learning rate | FVU | alive |\n|---|---|---|---|", flush=True)
-    for (name, _, _), run in SEARCH.runs().items():
+    for run in SEARCH.runs():
         for lr in LEARNING_RATES:
             sae = train(replace(run, lr=lr, output=f"{run.output}-lr{lr:g}"), model)
             fvu, alive = measure(sae, validation, model.cfg.d_model)
             shown = "" if alive is None else f"{alive:.0%}"
-            print(f"| {name} | {lr:g} | {fvu:.4f} | {shown} |", flush=True)
+            print(f"| {run.architecture} | {lr:g} | {fvu:.4f} | {shown} |", flush=True)
 
 
 if __name__ == "__main__":

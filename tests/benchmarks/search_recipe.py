@@ -64,7 +64,7 @@ def main() -> None:
     )
     labelled = topics()
     activations = text_activations(site, labelled["text"], autocast=True)
-    for run in replace(COMPARISON, seeds=SEEDS).runs().values():
+    for run in replace(COMPARISON, seeds=SEEDS).runs():
         for lr, coefficient in CANDIDATES:
             candidate = {"lr": lr, "aux_loss_coefficient": coefficient, "seed": run.seed}
             folder = Path(f"runs/search/recipe-lr{lr:g}-aux{coefficient:g}-seed{run.seed}")
