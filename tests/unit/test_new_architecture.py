@@ -22,7 +22,7 @@ from mxd_lens.cli import main
 from mxd_lens.layers.base import TrainingPairConfig, TrainingSparseLayer
 from mxd_lens.layers.codes import Codes
 from mxd_lens.layers.transcoder import TopKTranscoder, TopKTranscoderConfig
-from mxd_lens.runs.results import read_rows
+from mxd_lens.runs.results import VERSION, read_rows
 
 from ..conftest import D_MODEL
 
@@ -126,7 +126,7 @@ def test_it_goes_through_everything(
     with pytest.raises(SystemExit, match=r"experts.json was made with n_tokens=500, and this asks"):
         main(f"experts {run} --n_tokens 501".split())
     for name in ("probe", "experts", "steering"):
-        assert json.loads((run / f"{name}.json").read_text())["version"] == 1
+        assert json.loads((run / f"{name}.json").read_text())["version"] == VERSION
     directions = layer.steering_directions(torch.arange(layer.cfg.d_sae), x)
     torch.testing.assert_close(directions, layer.W_dec * layer.gain)
     page = (run / "report.html").read_text()
