@@ -21,7 +21,7 @@ from mxd_lens.data.reading import check_heldout
 from mxd_lens.demo.wheels import AssetError
 from mxd_lens.fields import PathStr, config
 from mxd_lens.files import locked
-from mxd_lens.models.load import bfloat16_is_fast, load_model
+from mxd_lens.models.load import bfloat16_is_fast
 from mxd_lens.models.site import Site
 from mxd_lens.ranks import Ranks, leave, lost_rank
 from mxd_lens.report.page import agreement_of, write_comparison_page, write_report, write_run_page
@@ -78,7 +78,7 @@ def run_evaluation(
         sae = load_layer(run.layer_path, run.device)
         own = run.load() if text.dataset is None else None
         documents = text.load() if own is None else run.documents(own)[1]
-        model = model or load_model(run.model, run.model_class, run.device)
+        model = model or run.load_model()
         check_sources([run], model, own)
         measured, density = evaluate(
             model, sae, documents, n_sequences=n_sequences, autocast=run.autocast
@@ -114,7 +114,7 @@ def run_train(cfg: ManyConfig) -> None:
             return
         dataset = run.load()
         heldout = run.documents(dataset)[1]
-        model = load_model(run.model, run.model_class, run.device)
+        model = run.load_model()
         site = Site.at(model, run.layer)
         check_layer(run, site)
         check_heldout(site, heldout, context_size=run.context_size)

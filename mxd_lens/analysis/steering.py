@@ -307,6 +307,9 @@ def attached(model: Any, sae: SAE[Any]) -> Iterator[None]:
     hook = get_deep_attr(model, name)
     try:
         with model.saes([sae], use_error_term=True):
+            # A float32 layer's error term is float32, whatever the model is.
+            in_place: Any = get_deep_attr(model, name)
+            in_place.register_forward_hook(lambda module, args, out: out.to(args[0].dtype))
             yield
     finally:
         sae.setup()  # its hook points have the model's names

@@ -79,14 +79,19 @@ def _convert(gguf: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def load_smollm2_bridge(device: str = "cpu") -> SAETransformerBridge:
-    """SmolLM2-135M-Instruct as a SAETransformerBridge, float32, weights as they were trained."""
-    return SAETransformerBridge.boot_transformers(str(smollm2_dir()), device=device)
+def load_smollm2_bridge(
+    device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> SAETransformerBridge:
+    """SmolLM2-135M-Instruct as a SAETransformerBridge, weights as they were trained."""
+    folder = str(smollm2_dir())
+    return SAETransformerBridge.boot_transformers(folder, device=device, dtype=dtype)
 
 
-def load_smollm2_hooked(device: str = "cpu", n_ctx: int = 512) -> HookedSAETransformer:
-    """SmolLM2-135M-Instruct as a HookedSAETransformer, float32, nothing folded or centred. It reads
-    n_ctx tokens at most, and keeps attention masks of n_ctx^2 for each layer."""
+def load_smollm2_hooked(
+    device: str = "cpu", dtype: torch.dtype = torch.float32, n_ctx: int = 512
+) -> HookedSAETransformer:
+    """SmolLM2-135M-Instruct as a HookedSAETransformer, nothing folded or centred. It reads n_ctx
+    tokens at most, and keeps attention masks of n_ctx^2 for each layer."""
     folder = smollm2_dir()
     llama: Any = AutoModelForCausalLM.from_pretrained(folder)
     config = llama.config
@@ -112,6 +117,7 @@ def load_smollm2_hooked(device: str = "cpu", n_ctx: int = 512) -> HookedSAETrans
         rotary_adjacent_pairs=False,
         init_weights=False,
         device=device,
+        dtype=dtype,
     )
     model = HookedSAETransformer(cfg, tokenizer=AutoTokenizer.from_pretrained(folder))
     model.load_and_process_state_dict(

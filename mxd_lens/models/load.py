@@ -13,11 +13,20 @@ from mxd_lens.demo.models import load_smollm2_bridge, load_smollm2_hooked
 
 ModelClass = Literal["TransformerBridge", "HookedTransformer"]
 
+ModelDtype = Literal["float32", "bfloat16"]
+
+DTYPES: dict[ModelDtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
 DEMO_MODEL = "demo:smollm2"
 
 
 def load_model(
-    name: str, model_class: ModelClass = "TransformerBridge", device: str = "cpu"
+    name: str,
+    model_class: ModelClass = "TransformerBridge",
+    device: str = "cpu",
+    *,
+    dtype: ModelDtype = "float32",
+    device_map: str | None = None,
 ) -> Any:
     """A language model SAEs can be attached to, weights unprocessed; ValueError if there is none.
 
@@ -26,11 +35,15 @@ def load_model(
             SmolLM2-135M-Instruct from the package index.
         model_class: a SAETransformerBridge, or the older HookedSAETransformer, which reads no
             folder.
+        dtype: of its weights.
+        device_map: how transformers spreads a bridge over several devices, instead of ``device``.
     """
     bridged = model_class == "TransformerBridge"
+    if device_map is not None and (name == DEMO_MODEL or not bridged):
+        raise ValueError("device_map: only a TransformerBridge from the hub or a folder has one")
     if name == DEMO_MODEL:
         load = load_smollm2_bridge if bridged else load_smollm2_hooked
-        return load(device=device)
+        return load(device=device, dtype=DTYPES[dtype])
     if not bridged and (Path(name) / "config.json").exists():
         raise ValueError(
             f"a HookedTransformer loads models by their hub name, not the folder {name!r}: "
@@ -38,8 +51,11 @@ def load_model(
         )
     try:
         if bridged:
-            return SAETransformerBridge.boot_transformers(name, device=device)
-        return HookedSAETransformer.from_pretrained_no_processing(name, device=device)
+            where = {"device": device} if device_map is None else {"device_map": device_map}
+            return SAETransformerBridge.boot_transformers(name, dtype=DTYPES[dtype], **where)
+        return HookedSAETransformer.from_pretrained_no_processing(
+            name, device=device, dtype=DTYPES[dtype]
+        )
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot load the model {name!r}: {error}") from error
 

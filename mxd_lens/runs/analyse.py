@@ -40,7 +40,6 @@ from mxd_lens.data.text import Text, read
 from mxd_lens.fields import Count, EachOnce, Finite, Index, Name, PathStr, config
 from mxd_lens.files import locked
 from mxd_lens.layers import answers
-from mxd_lens.models.load import load_model
 from mxd_lens.models.site import Site
 from mxd_lens.runs import results
 from mxd_lens.runs.claims import check_sources
@@ -105,7 +104,7 @@ def _files(
 
 def _load_site(run: TrainConfig) -> Site:
     """The MLP of the run's language model, see `check_sources`."""
-    model = load_model(run.model, run.model_class, run.device)
+    model = run.load_model()
     check_sources([run], model)
     return Site.at(model, run.layer)
 

@@ -27,12 +27,12 @@ from mxd_lens.data.text import Text
 from mxd_lens.fields import Count, EachOnce, Name, PathStr, config
 from mxd_lens.files import Busy, claim, locked
 from mxd_lens.layers import layer_of
-from mxd_lens.models.load import load_model
 from mxd_lens.models.site import Site
 from mxd_lens.ranks import Ranks
 from mxd_lens.runs.claims import SOURCES_FILENAME, check_sources, claim_folder
 from mxd_lens.runs.config import (
     COMPARISON_FILENAME,
+    WHERE,
     Layers,
     ManyConfig,
     OtherText,
@@ -106,7 +106,7 @@ def compare(
         claim_comparison(cfg, write=False)
         _all_rows(folder)
     if cfg.layers == ["all"]:
-        model = model or load_model(cfg.model, cfg.model_class, cfg.device)
+        model = model or cfg.load_model()
     runs = cfg.runs(None if model is None else int(model.cfg.n_layers))
     asked: Parts = {"measurements": {}} | ({cfg.probe: {}} if cfg.probe else {})
 
@@ -131,7 +131,7 @@ def compare(
                 claim_folder(run)
     if ranks.agree(any(file_of(run).missing for run in runs)):
         dataset = cfg.load() if dataset is None else dataset
-        model = model or load_model(cfg.model, cfg.model_class, cfg.device)
+        model = model or cfg.load_model()
         sites = {layer: Site.at(model, layer) for layer in sorted({run.layer for run in runs})}
         for run in runs:
             check_layer(run, sites[run.layer])
@@ -217,7 +217,7 @@ class Bench:
 
 def claim_comparison(cfg: ManyConfig, *, write: bool = True) -> None:
     """Write down what all layers of a comparison share, or compare it, as `claim_folder` does."""
-    shared = (field_names(RunConfig) | {"n_sequences"}) - {"output", "device"}
+    shared = (field_names(RunConfig) | {"n_sequences"}) - WHERE
     writes = (RUNNER_CFG_FILENAME, "activations", "results.json", "results.html", SOURCES_FILENAME)
     settings = values(cfg, sorted(shared))
     claim(Path(cfg.output), COMPARISON_FILENAME, settings, writes, write=write)
@@ -260,7 +260,7 @@ def measure_again(folder: Path, text: OtherText, n_sequences: int = 64) -> Path:
         raise ValueError(f"say on which --dataset to measure the layers in {folder}")
     documents = text.load()
     cfg = runs[0]
-    model = load_model(cfg.model, cfg.model_class, cfg.device)
+    model = cfg.load_model()
     check_sources(runs, model)
     rows = []
     for layer, of_layer in groupby(sorted(runs, key=lambda run: run.layer), lambda run: run.layer):

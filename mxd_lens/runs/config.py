@@ -31,7 +31,10 @@ from mxd_lens.fields import (
 from mxd_lens.files import read_json
 from mxd_lens.layers import answers, config_class
 from mxd_lens.layers.base import check_k
-from mxd_lens.models.load import ModelClass
+from mxd_lens.models.load import ModelClass, ModelDtype, load_model
+
+WHERE = {"output", "device", "llm_device", "device_map"}
+"""Fields that say where a run is and works, which decides nothing else."""
 
 COMPARISON_FILENAME = "comparison.json"
 """Settings that all runs of a comparison share; marks its folder."""
@@ -119,10 +122,16 @@ class RunConfig(TextSource):
     """Documents kept for evaluation, the same for every seed."""
     model_class: ModelClass = "TransformerBridge"
     """How TransformerLens wraps the model."""
+    dtype: ModelDtype = "float32"
+    """Type of the language model's weights. Layers are float32, see autocast."""
     autocast: bool = False
     """Run the language model and the layer in bfloat16 where that is safe."""
     device: Device = "cuda" if torch.cuda.is_available() else "cpu"
     """Device of the model and the layer."""
+    llm_device: Device | None = None
+    """Device of the model, if another: it then reads ahead while layers are trained."""
+    device_map: Name | None = None
+    """How transformers spreads the model over several devices (auto), instead of on one."""
 
     def __post_init__(self) -> None:
         if self.training_tokens < self.batch_size:
@@ -130,6 +139,18 @@ class RunConfig(TextSource):
                 f"training_tokens={self.training_tokens} is less than one batch of "
                 f"{self.batch_size}"
             )
+
+    def load_model(self) -> Any:
+        """The language model, see `load_model`."""
+        device = self.llm_device or self.device
+        how = values(self, ("dtype", "device_map"))
+        return load_model(self.model, self.model_class, device, **how)
+
+    @property
+    def pair_dtype(self) -> torch.dtype:
+        """Of activations that wait or are kept: what runs in bfloat16 reads no more of them."""
+        half = self.autocast or self.dtype == "bfloat16"
+        return torch.bfloat16 if half else torch.float32
 
     @property
     def steps(self) -> int:
@@ -344,11 +365,11 @@ def finished_runs(folder: Path, one_mlp: bool = True) -> list[TrainConfig]:
         raise ValueError(f"what is in {folder} is not finished: run its command again")
     if not finished:
         raise ValueError(f"{folder} holds neither a finished run nor a comparison")
-    reading = {(r.model, r.model_class, r.context_size, r.autocast) for r in finished}
+    reading = {(r.model, r.model_class, r.context_size, r.autocast, r.dtype) for r in finished}
     if len(reading) > 1 or (one_mlp and len({run.layer for run in finished}) > 1):
         raise ValueError(
             f"{folder} holds layers of several models, at several places, or that differ in "
-            "context_size or autocast: name one of the folders in it"
+            "context_size, dtype or autocast: name one of the folders in it"
         )
     return finished
 
@@ -373,5 +394,4 @@ def settings(cfg: TrainConfig) -> dict[str, Any]:
     Whether activations are cached counts: their batches come in another order.
     """
     made = asdict(cfg) | {"activations": cfg.activations and "cached"}
-    del made["output"], made["device"]
-    return made
+    return {name: value for name, value in made.items() if name not in WHERE}

@@ -6,7 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ import torch
 from sae_lens.config import SAETrainerConfig
 from sae_lens.constants import SPARSITY_FILENAME
 from sae_lens.saes.sae import SAE, SAEMetadata, TrainingSAE
+from sae_lens.training.prefetch import PrefetchingIterator
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -26,7 +27,6 @@ from mxd_lens.data.text import Text
 from mxd_lens.files import locked, whole
 from mxd_lens.layers import answers, config_class, layer_of, width_for
 from mxd_lens.layers.base import check_k
-from mxd_lens.models.load import load_model
 from mxd_lens.models.site import Site
 from mxd_lens.models.splice import has_folded_norms
 from mxd_lens.ranks import Ranks
@@ -102,7 +102,7 @@ def train_many(runs: Sequence[TrainConfig], model: Any = None, dataset: Text | N
         cfg = runs[0]
         dataset = cfg.load() if dataset is None else dataset
         if model is None:
-            model = load_model(cfg.model, cfg.model_class, cfg.device)
+            model = cfg.load_model()
         sites = {layer: Site.at(model, layer) for layer in sorted({run.layer for run in runs})}
         for run in runs:
             check_layer(run, sites[run.layer])
@@ -146,7 +146,7 @@ def _plan(runs: Sequence[TrainConfig], sites: Mapping[int, Site], ranks: Ranks) 
         cfg=cfg,
         d_pair=2 * d_model,
         n_layers=len(sites),
-        itemsize=pair_dtype(cfg).itemsize,
+        itemsize=cfg.pair_dtype.itemsize,
         cached=cfg.activations is not None,
     )
     return make_plan(jobs, taken, free_memory(cfg.device), ranks.world)
@@ -188,11 +188,13 @@ def _train_together(
         trainer.resume(first)
         trainers[run.output], parts_of[run.output] = trainer, part
     stop: list[int] = []
+    ahead = cfg.llm_device is not None and ranks.world == 1  # several take turns in exchanging
+    source: Any = PrefetchingIterator(batches, prefetch=2) if ahead else batches
     lockstep = Lockstep(
-        _trainer_config(cfg), trainers, parts_of, _until(stop, batches, ranks), first
+        _trainer_config(cfg), trainers, parts_of, _until(stop, source, ranks), first
     )
     try:
-        with _stopping(stop):
+        with _stopping(stop), closing(source) if ahead else nullcontext():
             lockstep.fit()
     except (_Stopped, NonFiniteActivations):
         lockstep.save_checkpoint(str(lockstep.n_training_samples))
@@ -255,7 +257,7 @@ def fill_activations(
     ranks = ranks or Ranks.here()
     dataset = cfg.load() if dataset is None else dataset
     decisive = "model dataset dataset_split text_column context_size lm_batch_size"
-    decisive += " heldout_documents model_class autocast"
+    decisive += " heldout_documents model_class autocast dtype"
     source = values(cfg, decisive.split())
     source["model_fingerprint"] = model_fingerprint(next(iter(sites.values())).model)
     source["text_fingerprint"] = text_fingerprint(dataset)
@@ -275,11 +277,6 @@ def of_layer(folder: str | Path, layer: int) -> Path:
     return Path(folder) / f"layer{layer}"
 
 
-def pair_dtype(cfg: RunConfig) -> torch.dtype:
-    """Of the activations that wait or are kept: under autocast no more is read of them."""
-    return torch.bfloat16 if cfg.autocast else torch.float32
-
-
 def _reader(
     cfg: RunConfig,
     sites: Sequence[Site],
@@ -295,7 +292,7 @@ def _reader(
         lm_batch_size=cfg.lm_batch_size,
         autocast_lm=cfg.autocast,
     )
-    return Reader(store, sites, needs, device=cfg.device, dtype=pair_dtype(cfg), ranks=ranks)
+    return Reader(store, sites, needs, device=cfg.device, dtype=cfg.pair_dtype, ranks=ranks)
 
 
 def new_layer(cfg: TrainConfig, site: Site, device: str) -> TrainingSAE[Any]:
