@@ -49,8 +49,13 @@ _FORWARDS: dict[type[nn.Module], Any] = {
     kind: kind.forward for kind in (HookPoint, SparseHookPoint)
 }
 
-CHUNK_NUMBERS = 2**25
-"""Pre-activations that exist at a time, at most: 128 MiB in float32."""
+
+def gate_chunk(d_sae: int, device: torch.device | str) -> int:
+    """Tokens whose pre-activations exist at a time: on a CPU those that its caches hold best, 128
+    MiB at most in float32; elsewhere 1 GiB, which is all of a usual batch."""
+    if torch.device(device).type == "cpu":
+        return max(16, min(1024, 2**25 // d_sae))
+    return max(16, 2**28 // d_sae)
 
 
 @dataclass(kw_only=True)
@@ -311,7 +316,7 @@ class SparseLayer(PairLayer):
     @property
     def gate_chunk_size(self) -> int:
         """Tokens whose pre-activations exist at a time."""
-        return max(16, min(1024, CHUNK_NUMBERS // self.cfg.d_sae))
+        return gate_chunk(self.cfg.d_sae, self.device)
 
     @torch.no_grad()
     def initialize_weights(self) -> None:

@@ -26,7 +26,6 @@ def load_model(
     device: str = "cpu",
     *,
     dtype: ModelDtype = "float32",
-    device_map: str | None = None,
 ) -> Any:
     """A language model SAEs can be attached to, weights unprocessed; ValueError if there is none.
 
@@ -35,12 +34,12 @@ def load_model(
             SmolLM2-135M-Instruct from the package index.
         model_class: a SAETransformerBridge, or the older HookedSAETransformer, which reads no
             folder.
+        device: or "auto", which spreads a bridge over several.
         dtype: of its weights.
-        device_map: how transformers spreads a bridge over several devices, instead of ``device``.
     """
     bridged = model_class == "TransformerBridge"
-    if device_map is not None and (name == DEMO_MODEL or not bridged):
-        raise ValueError("device_map: only a TransformerBridge from the hub or a folder has one")
+    if device == "auto" and (name == DEMO_MODEL or not bridged):
+        raise ValueError("device auto: only a TransformerBridge from the hub or a folder spreads")
     if name == DEMO_MODEL:
         load = load_smollm2_bridge if bridged else load_smollm2_hooked
         return load(device=device, dtype=DTYPES[dtype])
@@ -51,7 +50,7 @@ def load_model(
         )
     try:
         if bridged:
-            where = {"device": device} if device_map is None else {"device_map": device_map}
+            where = {"device_map": device} if device == "auto" else {"device": device}
             return SAETransformerBridge.boot_transformers(name, dtype=DTYPES[dtype], **where)
         return HookedSAETransformer.from_pretrained_no_processing(
             name, device=device, dtype=DTYPES[dtype]

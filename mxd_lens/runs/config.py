@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, field, fields, replace
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import torch
 from pydantic import AfterValidator, BeforeValidator
@@ -33,7 +33,7 @@ from mxd_lens.layers import answers, config_class
 from mxd_lens.layers.base import check_k
 from mxd_lens.models.load import ModelClass, ModelDtype, load_model
 
-WHERE = {"output", "device", "llm_device", "device_map"}
+WHERE = {"output", "device", "llm_device"}
 """Fields that say where a run is and works, which decides nothing else."""
 
 COMPARISON_FILENAME = "comparison.json"
@@ -124,14 +124,13 @@ class RunConfig(TextSource):
     """How TransformerLens wraps the model."""
     dtype: ModelDtype = "float32"
     """Type of the language model's weights. Layers are float32, see autocast."""
-    autocast: bool = False
+    autocast: bool = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     """Run the language model and the layer in bfloat16 where that is safe."""
     device: Device = "cuda" if torch.cuda.is_available() else "cpu"
     """Device of the model and the layer."""
-    llm_device: Device | None = None
-    """Device of the model, if another: it then reads ahead while layers are trained."""
-    device_map: Name | None = None
-    """How transformers spreads the model over several devices (auto), instead of on one."""
+    llm_device: Literal["auto"] | Device | None = None
+    """Device of the model, if another, or auto, which spreads it over several: it then reads ahead
+    while layers are trained."""
 
     def __post_init__(self) -> None:
         if self.training_tokens < self.batch_size:
@@ -143,8 +142,7 @@ class RunConfig(TextSource):
     def load_model(self) -> Any:
         """The language model, see `load_model`."""
         device = self.llm_device or self.device
-        how = values(self, ("dtype", "device_map"))
-        return load_model(self.model, self.model_class, device, **how)
+        return load_model(self.model, self.model_class, device, dtype=self.dtype)
 
     @property
     def pair_dtype(self) -> torch.dtype:

@@ -11,7 +11,7 @@ import torch
 
 from mxd_lens.data.activations import buffer_size
 from mxd_lens.data.stream import N_SAMPLE
-from mxd_lens.layers.base import CHUNK_NUMBERS
+from mxd_lens.layers.base import gate_chunk
 from mxd_lens.runs.config import RunConfig
 
 SPARE = 0.9
@@ -94,7 +94,8 @@ def memory(
     sample = N_SAMPLE * cfg.batch_size * d_pair * 4 * 2
     streams = 0 if cached else len({(job.layer, job.seed) for job in jobs})
     largest = max((job.largest for job in jobs), default=0)
-    chunk = min(CHUNK_NUMBERS, cfg.batch_size * max((job.d_sae for job in jobs), default=0))
+    widest = max((job.d_sae for job in jobs), default=1)
+    chunk = widest * min(cfg.batch_size, gate_chunk(widest, cfg.device))
     return Memory(
         layers=sum(16 * job.n_parameters + 12 * job.d_sae for job in jobs),
         buffers=sample + streams * waiting * row,

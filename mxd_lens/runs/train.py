@@ -103,6 +103,8 @@ def train_many(runs: Sequence[TrainConfig], model: Any = None, dataset: Text | N
         dataset = cfg.load() if dataset is None else dataset
         if model is None:
             model = cfg.load_model()
+        if torch.device(cfg.device).type == "cuda":
+            torch.backends.cuda.matmul.allow_tf32 = True  # what is float32 under autocast, too
         sites = {layer: Site.at(model, layer) for layer in sorted({run.layer for run in runs})}
         for run in runs:
             check_layer(run, sites[run.layer])

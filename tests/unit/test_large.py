@@ -28,7 +28,7 @@ def test_reading_ahead_changes_nothing(tiny_bridge, documents, make_config):
 
 def test_where_the_model_is_decides_nothing(tiny_bridge, documents, make_config):
     train(make_config(), tiny_bridge, documents)
-    train(make_config(llm_device="cpu", device_map="auto"), tiny_bridge, documents)
+    train(make_config(llm_device="auto"), tiny_bridge, documents)
 
 
 def test_weights_in_bfloat16(llama_folder):
@@ -37,10 +37,10 @@ def test_weights_in_bfloat16(llama_folder):
 
 
 def test_a_map_of_devices(llama_folder):
-    model = load_model(str(llama_folder), device_map="cpu")
+    model = load_model(str(llama_folder), device="auto")
     assert model(torch.tensor([[1, 5, 6]])).shape == (1, 3, 24)
-    with pytest.raises(ValueError, match="device_map: only a TransformerBridge"):
-        load_model(str(llama_folder), "HookedTransformer", device_map="auto")
+    with pytest.raises(ValueError, match="device auto: only a TransformerBridge"):
+        load_model(str(llama_folder), "HookedTransformer", "auto")
 
 
 @pytest.mark.usefixtures("offline")
