@@ -6,7 +6,7 @@ BIN := .venv/bin
 # A release that also comes as a CPU build: where the index has that, pip takes no CUDA packages.
 TORCH := torch==2.13.0
 
-.PHONY: demo test unit test-lowest test-newest torture lock search search-recipe bench bench-train \
+.PHONY: demo test unit test-lowest test-newest torture lock search search-recipe bench bench-train bench-plan \
 	format check-format check-type docs setup clean
 
 demo: setup
@@ -63,6 +63,9 @@ search-recipe: setup
 bench: setup
 	DEVICE=$(or $(DEVICE),cpu) $(BIN)/python tests/benchmarks/bench_model.py
 	DEVICE=$(or $(DEVICE),cpu) $(BIN)/python tests/benchmarks/bench_step.py
+
+bench-plan: setup
+	$(BIN)/python tests/benchmarks/bench_plan.py
 
 bench-train: setup
 	DEVICE=$(or $(DEVICE),cpu) $(BIN)/python tests/benchmarks/bench_train.py

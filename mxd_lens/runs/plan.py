@@ -46,7 +46,7 @@ class Memory:
     step: int
     """What the largest layer's step makes on the way."""
     reading: int
-    """Activations of one pass of the language model."""
+    """Activations of one pass of the language model, and pairs of two."""
 
     @property
     def total(self) -> int:
@@ -100,7 +100,7 @@ def memory(
         layers=sum(16 * job.n_parameters + 12 * job.d_sae for job in jobs),
         buffers=sample + streams * waiting * row,
         step=4 * (chunk + 2 * largest + 8 * cfg.batch_size * d_pair),
-        reading=0 if cached else a_pass * n_layers * d_pair * (4 + itemsize),
+        reading=0 if cached else a_pass * n_layers * d_pair * (4 + 2 * itemsize),
     )
 
 

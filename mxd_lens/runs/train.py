@@ -114,7 +114,7 @@ def train_many(runs: Sequence[TrainConfig], model: Any = None, dataset: Text | N
             check_sources(runs, model, dataset)
         ranks.wait()
         runs = [run for run, is_there in zip(runs, finished, strict=True) if not is_there]
-        plan = ranks.agree(_plan(runs, sites, ranks))
+        plan = ranks.agree(plan_for(runs, sites, ranks.world))
         if ranks.first and len(runs) > 1:
             print(plan, flush=True)
         for passed in plan.passes:
@@ -135,7 +135,15 @@ def _check_together(runs: Sequence[TrainConfig]) -> None:
         raise ValueError("runs that are trained together need a folder each")
 
 
-def _plan(runs: Sequence[TrainConfig], sites: Mapping[int, Site], ranks: Ranks) -> Plan:
+def plan_for(
+    runs: Sequence[TrainConfig], sites: Mapping[int, Site], world: int = 1, free: int | None = None
+) -> Plan:
+    """What training these runs together takes, and who does what, see `make_plan`.
+
+    Args:
+        world: ranks.
+        free: bytes on each rank's device; by default what is free here.
+    """
     jobs = []
     for run in runs:
         layer = check_layer(run, sites[run.layer])
@@ -151,7 +159,7 @@ def _plan(runs: Sequence[TrainConfig], sites: Mapping[int, Site], ranks: Ranks) 
         itemsize=cfg.pair_dtype.itemsize,
         cached=cfg.activations is not None,
     )
-    return make_plan(jobs, taken, free_memory(cfg.device), ranks.world)
+    return make_plan(jobs, taken, free_memory(cfg.device) if free is None else free, world)
 
 
 def _train_together(
