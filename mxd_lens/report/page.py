@@ -38,11 +38,14 @@ def write_comparison_page(results: Path) -> None:
     """
     rows = read_rows(results)
     opening = _opening(rows)
+    mlps = sorted({row["hook_layer"] for row in rows})
     described, experts = _described(results.parent, opening)
     _write(
         results.with_suffix(".html"),
         "comparison.html",
         rows[0],
+        n_mlps=len(mlps),
+        **({"where": f"{len(mlps)} MLPs"} if len(mlps) > 1 else {}),
         opening=[tables.measured(row) for row in opening],
         control=[row for row in rows if not _has_experts(row)],
         figures=figures.comparison(rows),
@@ -119,7 +122,8 @@ def agreement_of(experts: dict[str, Any]) -> str:
 
 def _write(path: Path, template: str, row: dict[str, Any], **parts: Any) -> None:
     """Render a template: a page about one layer, unless it says ``everything`` of several."""
-    shared = {"row": row, "title": layer_label(row), "plotly": get_plotlyjs()}
+    where = f"the MLP at {row['hook_name_out']}"
+    shared = {"row": row, "where": where, "title": layer_label(row), "plotly": get_plotlyjs()}
     numbers = {"numbers": tables.summary(row), "everything": tables.everything([row])}
     write_text(path, _PAGES.get_template(template).render(shared | numbers | parts))
 

@@ -170,6 +170,7 @@ def _train_together(
 ) -> None:
     """Train runs that fit into memory together, each by the ranks that are its members."""
     cfg, _ = members[0]
+    sites = {layer: sites[layer] for layer in sorted({run.layer for run, _ in members})}
     first = ranks.agree(min(_steps_done(run) for run, _ in members))
     groups = [ranks.group(of_run) if len(of_run) > 1 else None for _, of_run in members]
     mine = [

@@ -301,6 +301,20 @@ class TestComparison:
         assert (lines[dense]["y"], lines["MLP removed"]["y"]) == ([0.125] * 2, [0.5] * 2)
         assert "+0.2500 nats" in page.text and "with MxD, k = 4 in place" in page.text
 
+    def test_several_mlps_are_lines_over_depth(self, compared):
+        lost = [0.0625, 0.1875]
+        page = compared(
+            *({"hook_layer": n, "ce_increase": lost[n]} for n in (0, 1)),
+            *({"hook_layer": n, "architecture": "topk_transcoder"} for n in (0, 1)),
+        )
+        assert "in place of 2 MLPs of tiny" in page.text
+        assert "+0.1250 nats" in page.text and "2 layers, +0.0625 to +0.1875" in page.text
+        lines = {line["name"]: line for line in page.figures[0]["data"]}
+        mxd = next(line for name, line in lines.items() if name.startswith("MxD"))
+        assert (mxd["x"], mxd["y"]) == ([0, 1], lost)
+        assert lines["MLP removed"]["y"] == [0.5, 0.5]
+        assert "MLP layer k seed" in " ".join(page.text.split())
+
     def test_every_number_is_in_the_tables_and_nothing_is_where_there_is_none(self, compared):
         page = compared({}, CONTROL)
         for value in filter(None, ROW.values()):
