@@ -74,7 +74,7 @@ def comparison(rows: list[dict[str, Any]]) -> list[go.Figure]:
 def _depth(frame: pd.DataFrame, key: str, title: str) -> go.Figure:
     """An increase in cross-entropy by MLP, a line for each architecture and k; dotted: without the
     MLP."""
-    ks = frame["k"].map("{:g}".format, na_action="ignore").fillna("")
+    ks = frame["k"].map("k = {:g}".format, na_action="ignore").fillna("")
     at = _spread(frame.assign(k=ks), ["layer", "k", "hook_layer"], key).sort_values("hook_layer")
     lines = {"x": "hook_layer", "y": "mean", "color": "layer", "symbol": "k", "markers": True}
     figure = px.line(at, **lines, **_RANGE, **_colours(frame))

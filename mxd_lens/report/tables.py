@@ -8,8 +8,8 @@ from mxd_lens.layers import label
 
 NONE = "-"
 COLUMNS = {
-    "MLP": "{hook_layer}",
     "layer": "{layer}",
+    "MLP": "{hook_layer}",
     "k": "{k:g}",
     "seed": "{seed}",
     "CE increase": "{ce_increase:.4f}",

@@ -313,7 +313,9 @@ class TestComparison:
         mxd = next(line for name, line in lines.items() if name.startswith("MxD"))
         assert (mxd["x"], mxd["y"]) == ([0, 1], lost)
         assert lines["MLP removed"]["y"] == [0.5, 0.5]
-        assert "MLP layer k seed" in " ".join(page.text.split())
+        rows = [ROW | {"hook_layer": n} for n in (0, 1)]
+        assert comparison_table(rows).startswith("| layer | MLP | k | seed |")
+        assert comparison_table(rows[:1]).startswith("| layer | k | seed |")
 
     def test_every_number_is_in_the_tables_and_nothing_is_where_there_is_none(self, compared):
         page = compared({}, CONTROL)
