@@ -9,7 +9,7 @@ reads again what is in the buffer at that batch, and nothing that came before.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice, tee
 from typing import NamedTuple
 
@@ -47,16 +47,23 @@ class Stream(Iterator[dict[Part, Float[Tensor, "batch d_pair"]]]):
     Args:
         parts: what it trains on.
         first: the batch to begin with.
+        seeds: those of all ranks, which read the same passes; by default the parts'.
 
     Raises:
         ValueError: the text has too few tokens for a single pass.
         NonFiniteActivations: the model produces inf or nan; what came before was handed out.
     """
 
-    def __init__(self, reader: Reader, parts: Sequence[Part], first: int = 0):
+    def __init__(
+        self,
+        reader: Reader,
+        parts: Sequence[Part],
+        first: int = 0,
+        seeds: Iterable[int] | None = None,
+    ):
         self.reader, self.parts = reader, parts
         self._skipping = True
-        seeds = {part.seed for part in parts} or {0}  # a rank that trains on nothing reads, too
+        seeds = sorted({part.seed for part in parts} if seeds is None else set(seeds))
         layers = {seed: sorted({p.layer for p in parts if p.seed == seed}) for seed in seeds}
         passes = tee(self._passes(), len(layers))
         self.mixers = {

@@ -185,7 +185,8 @@ def _train_together(
             {run.layer for run, of_run in members if n in of_run} for n in range(ranks.world)
         ]
         needs = [sorted(of_rank) for of_rank in of_ranks]
-        batches = Stream(_reader(cfg, list(sites.values()), dataset, needs, ranks), parts, first)
+        reader = _reader(cfg, list(sites.values()), dataset, needs, ranks)
+        batches = Stream(reader, parts, first, {run.seed for run, _ in members})
     else:
         fill_activations(cfg, cfg.activations, sites, dataset, ranks)
         folders = {layer: of_layer(cfg.activations, layer) for layer in sites}

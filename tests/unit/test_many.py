@@ -210,7 +210,7 @@ def test_ranks_share_the_batches_of_one_run(run_on, tmp_path):
 
 
 def test_a_rank_that_is_killed_ends_all_and_the_runs_go_on_with_another_number(run_on, tmp_path):
-    long = {"training_tokens": 32 * 1500}
+    long = {"training_tokens": 32 * 1500, "k": [3], "seeds": [0, 4]}
     process = run_on(3, tmp_path / "killed", **long)
     deadline = time.monotonic() + 120
     while not list((tmp_path / "killed").glob("*/checkpoints/*/runner_cfg.json")):
