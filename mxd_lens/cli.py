@@ -23,7 +23,7 @@ from mxd_lens.fields import PathStr, config
 from mxd_lens.files import locked
 from mxd_lens.models.load import bfloat16_is_fast
 from mxd_lens.models.site import Site
-from mxd_lens.ranks import Ranks, leave, lost_rank
+from mxd_lens.ranks import Ranks, leave, lost_rank, take_device
 from mxd_lens.report.page import agreement_of, write_comparison_page, write_report, write_run_page
 from mxd_lens.report.tables import comparison_table, table
 from mxd_lens.runs import analyse
@@ -231,6 +231,7 @@ def make_parser() -> Parser:
 def main(arguments: list[str] | None = None) -> None:
     """Run a command; whatever the user can mend is one sentence and exit code 1."""
     disable_progress_bar()
+    take_device()
     rank = int(os.environ.get("RANK", 0))
     silent = redirect_stdout(open(os.devnull, "w")) if rank else nullcontext()  # noqa: SIM115
     who = f"mxd-lens, rank {rank}" if rank else "mxd-lens"

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -32,7 +33,9 @@ class Ranks:
         if world == 1:
             return cls()
         if not dist.is_initialized():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            # One may wait for hours for what the first, or another process, is at work on.
+            dist.init_process_group(backend, timeout=timedelta(days=7))
         return cls(dist.get_rank(), world)
 
     @property
@@ -94,17 +97,24 @@ class Ranks:
             [n_from_each * size] * self.world,
             [len(part) * size for part in parts],
         )
-        return list(received.split(n_from_each))
+        return [received[i * n_from_each : (i + 1) * n_from_each] for i in range(self.world)]
 
 
 def lost_rank(error: RuntimeError) -> str | None:
     """What to say if this is how a rank learns that another one has died."""
-    if not dist.is_initialized() or not re.search("[Cc]onnection (closed|reset)|NCCL", str(error)):
+    lost = "[Cc]onnection (closed|reset)|remote process exited|communicator was aborted"
+    if not dist.is_initialized() or not re.search(lost, str(error)):
         return None
     return (
         "another rank has ended, and so this one does; the same command goes on with what is not "
-        "finished, with any number of ranks"
+        f"finished, with any number of ranks ({error})"
     )
+
+
+def take_device() -> None:
+    """Under ``torchrun``, have ``cuda`` mean this rank's own GPU."""
+    if "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
 
 
 def leave() -> None:

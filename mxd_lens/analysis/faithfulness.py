@@ -163,9 +163,8 @@ def _measure_in_model(
     """Cross-entropies of the model with the layer, ablated in turn, in place of the MLP."""
     model, sae = site.model, layer.sae
     generator = torch.Generator().manual_seed(seed)
-    lower_precision = torch.autocast(
-        torch.device(sae.device).type, torch.bfloat16, enabled=autocast
-    )
+    batches = heldout.in_model
+    lower_precision = torch.autocast(batches[0].device.type, torch.bfloat16, enabled=autocast)
 
     def shuffled(sparse: Sparse) -> Sparse:
         return sparse[torch.randperm(len(sparse), generator=generator).to(sparse.device)]
@@ -182,7 +181,7 @@ def _measure_in_model(
     def run(tokens: Tensor, where: Any, at_where: Tensor) -> Tensor:
         def replace(y: Tensor, hook: Any) -> Tensor:
             y = y.clone()
-            y[where] = at_where.to(y.dtype)
+            y[where if where is ... else where.to(y.device)] = at_where.to(y.device, y.dtype)
             return y
 
         with lower_precision:
@@ -205,7 +204,6 @@ def _measure_in_model(
     names = ["ce_original", "ce_replaced", *ablations, "ce_zero_ablation"]
     sums = dict.fromkeys([*names, "ce_replaced_all_positions", "kl"], 0.0)
     n = 0
-    batches = heldout.in_model
     progress = tqdm(total=len(batches) * (len(sums) - 1 - bool(known)), desc="Measuring the model")
     for tokens in batches:
         kept = site.non_special(tokens)
@@ -214,18 +212,20 @@ def _measure_in_model(
             logits, cache = model.run_with_cache(
                 tokens, names_filter=list(site.hooks), prepend_bos=False
             )
-        x = cache[site.hook_in].float()
+        x = cache[site.hook_in].to(sae.device).float()
+        of_layer = kept.to(sae.device)
         sums["ce_original"] += cross_entropy(logits, tokens, predicted)
         n += int(predicted.sum())
-        replaced = run(tokens, kept, sae(x[kept]))
+        replaced = run(tokens, kept, sae(x[of_layer]))
         sums["ce_replaced"] += cross_entropy(replaced, tokens, predicted)
         sums["kl"] += _kl(logits[:, :-1][predicted], replaced[:, :-1][predicted])
         for name, ablate in ablations.items():
             edit = (layer.sparse_hook, lambda sparse, hook, ablate=ablate: ablate(sparse))
-            y_hat = sae.run_with_hooks(x[kept], fwd_hooks=[edit])
+            y_hat = sae.run_with_hooks(x[of_layer], fwd_hooks=[edit])
             sums[name] += cross_entropy(run(tokens, kept, y_hat), tokens, predicted)
         if not known:
-            nothing = run(tokens, kept, torch.zeros_like(cache[site.hook_out][kept]))
+            y = cache[site.hook_out]
+            nothing = run(tokens, kept, torch.zeros_like(y[kept.to(y.device)]))
             sums["ce_zero_ablation"] += cross_entropy(nothing, tokens, predicted)
         everywhere = run(tokens, ..., sae(x))
         sums["ce_replaced_all_positions"] += cross_entropy(everywhere, tokens, predicted)

@@ -44,7 +44,9 @@ def activations_store(
         hook_names=hooks,
         hook_d_ins={hook: int(site.model.cfg.d_model) for hook in hooks},
         context_size=context_size,
-        n_batches_in_buffer=buffer_size(batch_size, lm_batch_size, context_size) // context_size,
+        n_batches_in_buffer=-(
+            -buffer_size(batch_size, lm_batch_size, context_size) // context_size
+        ),
         total_training_tokens=0,
         store_batch_size_prompts=lm_batch_size,
         train_batch_size_tokens=batch_size,
@@ -140,6 +142,13 @@ class Reader:
         while round_ := list(islice(passes, self.ranks.world)):
             mine = round_[min(self.ranks.rank, len(round_) - 1)]
             pairs = self._run(mine)
+            wrong = self._not_finite(pairs, mine.kept)
+            if self.ranks.largest(len(wrong)):
+                wrong = sorted({hook for of_rank in self.ranks.gather(wrong) for hook in of_rank})
+                raise NonFiniteActivations(
+                    f"inf or nan in the activations at {' and '.join(wrong)}: the language model "
+                    "overflows on this text; load it in float32, without autocast"
+                )
             if self.ranks.world == 1:
                 yield replace(mine, pairs=pairs)
                 continue
@@ -150,7 +159,7 @@ class Reader:
             ]
             layers = self.needs[self.ranks.rank]
             received = self.ranks.exchange(parts, len(parts[self.ranks.rank]))
-            for one, sent in zip(round_, received, strict=False):
+            for one, sent in zip(round_, received[: len(round_)], strict=True):
                 of_layers = sent.view(len(layers), one.tokens.numel(), self.d_pair)
                 yield replace(one, pairs=dict(zip(layers, of_layers, strict=True)))
 
@@ -161,21 +170,16 @@ class Reader:
         for site in self.sites:
             of_hooks = [acts[hook].flatten(0, 1).to(self.device, self.dtype) for hook in site.hooks]
             pairs[site.layer] = torch.cat(of_hooks, dim=-1)
-        self._check_finite(pairs, one.kept)
         return pairs
 
-    def _check_finite(self, pairs: Pairs, kept: Bool[Tensor, "batch*pos"]) -> None:
-        """Raise NonFiniteActivations if a row holds inf or nan; reads the device once."""
+    def _not_finite(self, pairs: Pairs, kept: Bool[Tensor, "batch*pos"]) -> list[str]:
+        """Hooks at which a row holds inf or nan; where none does, reads the device once."""
         ends = torch.stack([torch.stack(pair.aminmax()) for pair in pairs.values()])
         if ends.isfinite().all():  # of which both are nan if one number is
-            return
+            return []
         wrong = []
         for site in self.sites:
             of_hooks = pairs[site.layer][kept.to(self.device)].chunk(2, dim=-1)
             at = zip(site.hooks, of_hooks, strict=True)
             wrong += [hook for hook, of_hook in at if not of_hook.isfinite().all()]
-        if wrong:
-            raise NonFiniteActivations(
-                f"inf or nan in the activations at {' and '.join(wrong)}: the language model "
-                "overflows on this text; load it in float32, without autocast"
-            )
+        return wrong

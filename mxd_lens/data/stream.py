@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice, tee
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -65,10 +65,10 @@ class Stream(Iterator[dict[Part, Float[Tensor, "batch d_pair"]]]):
         self._skipping = True
         seeds = sorted({part.seed for part in parts} if seeds is None else set(seeds))
         layers = {seed: sorted({p.layer for p in parts if p.seed == seed}) for seed in seeds}
-        passes = tee(self._passes(), len(layers))
+        self._source = self._passes()
+        self._waiting: dict[int, deque[Pass]] = {seed: deque() for seed in layers}
         self.mixers = {
-            seed: Mixer(of_seed, reader, layers[seed], seed)
-            for seed, of_seed in zip(layers, passes, strict=True)
+            seed: Mixer(self._passes_for(seed), reader, layers[seed], seed) for seed in layers
         }
         for _ in tqdm(range(first), desc="Passing by what has been seen", disable=not first):
             for mixer in self.mixers.values():
@@ -90,6 +90,16 @@ class Stream(Iterator[dict[Part, Float[Tensor, "batch d_pair"]]]):
         """The next `N_SAMPLE` batches, which are still to come, whole and as one."""
         mixer = self.mixers[part.seed]
         return mixer.rows(part.layer, torch.cat(mixer.peek(N_SAMPLE)))
+
+    def _passes_for(self, seed: int) -> Iterator[Pass]:
+        """Every pass; it waits for no longer than until each seed's mixer has taken it."""
+        while True:  # itertools.tee would keep the last 57
+            if not self._waiting[seed]:
+                one = next(self._source)
+                for waiting in self._waiting.values():
+                    waiting.append(one)
+                del one
+            yield self._waiting[seed].popleft()
 
     def _passes(self) -> Iterator[Pass]:
         passes = self.reader.passes()

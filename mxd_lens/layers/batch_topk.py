@@ -66,6 +66,7 @@ def above(
 class TrainingBatchTopK(TrainingSparseLayer):
     """The gate while it is trained; cfg has k and topk_threshold_lr."""
 
+    splits_batches: ClassVar[bool] = False
     topk_threshold: Tensor
     """[], a buffer in float64."""
 

@@ -77,9 +77,9 @@ class CompareConfig(ManyConfig):
 
     @property
     def kept_activations(self) -> str | None:
-        own = Path(self.output) / "activations"
-        kept = len(self.layers) == 1 != ["all"] or own.exists()
-        return self.activations or (str(own) if kept else None)
+        if self.activations or len(self.layers) > 1 or self.layers == ["all"]:
+            return self.activations
+        return str(Path(self.output) / "activations")
 
 
 def compare(

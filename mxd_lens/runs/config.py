@@ -220,6 +220,11 @@ class TrainConfig(RunConfig, Recipe):
                 f"sae_options must be an object with fields of {cfg_class.__name__}: "
                 f"{', '.join(sorted(known))}"
             )
+        if options.get("normalize_activations", "none") != "none":
+            raise ValueError(
+                "sae_options: normalize_activations would be estimated on batches that other "
+                "layers train on, too: leave it at none"
+            )
         kinds = get_type_hints(cfg_class)
         for name, value in options.items():
             check(kinds[name], **{f"sae_options[{name!r}]": value})

@@ -46,7 +46,7 @@ class Memory:
     step: int
     """What the largest layer's step makes on the way."""
     reading: int
-    """Activations of one pass of the language model, and pairs of two."""
+    """Activations of one pass of the language model, pairs of two, and what is exchanged."""
 
     @property
     def total(self) -> int:
@@ -78,7 +78,15 @@ class Plan:
 
 
 def memory(
-    jobs: Sequence[Job], cfg: RunConfig, *, d_pair: int, n_layers: int, itemsize: int, cached: bool
+    jobs: Sequence[Job],
+    cfg: RunConfig,
+    *,
+    d_pair: int,
+    n_layers: int,
+    itemsize: int,
+    cached: bool,
+    n_seeds: int = 1,
+    world: int = 1,
 ) -> Memory:
     """What the jobs of one rank take.
 
@@ -87,12 +95,16 @@ def memory(
         n_layers: how many MLPs the language model is read at.
         itemsize: bytes of a number in the buffer.
         cached: pairs are read from a folder.
+        n_seeds: orders of batches, each of which takes passes when its own batch is due.
+        world: ranks.
     """
     row = d_pair * itemsize
     a_pass = cfg.lm_batch_size * cfg.context_size
     waiting = buffer_size(cfg.batch_size, cfg.lm_batch_size, cfg.context_size) + a_pass
     sample = N_SAMPLE * cfg.batch_size * d_pair * 4 * 2
     streams = 0 if cached else len({(job.layer, job.seed) for job in jobs})
+    copies = 2 if world == 1 else 5  # of a pass's pairs
+    held = (n_seeds > 1) * waiting * row * n_layers
     largest = max((job.largest for job in jobs), default=0)
     widest = max((job.d_sae for job in jobs), default=1)
     chunk = widest * min(cfg.batch_size, gate_chunk(widest, cfg.device))
@@ -100,7 +112,7 @@ def memory(
         layers=sum(16 * job.n_parameters + 12 * job.d_sae for job in jobs),
         buffers=sample + streams * waiting * row,
         step=4 * (chunk + 2 * largest + 8 * cfg.batch_size * d_pair),
-        reading=0 if cached else a_pass * n_layers * d_pair * (4 + 2 * itemsize),
+        reading=0 if cached else held + a_pass * n_layers * (4 * d_pair + copies * row),
     )
 
 
@@ -179,6 +191,8 @@ def deal(jobs: Sequence[Job], world: int) -> list[Member]:
 
 def free_memory(device: str) -> int:
     """Bytes that this process may fill on the device."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.mem_get_info()[0]
+    where = torch.device(device)
+    if where.type == "cuda":
+        cached = torch.cuda.memory_reserved(where) - torch.cuda.memory_allocated(where)
+        return torch.cuda.mem_get_info(where)[0] + cached
     return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))

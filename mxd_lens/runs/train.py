@@ -83,6 +83,8 @@ def train_many(runs: Sequence[TrainConfig], model: Any = None, dataset: Text | N
     # Nobody can be at work in the folder of a finished run that cannot be written to.
     runs = [run for run in runs if not run.finished or os.access(run.output, os.W_OK)]
     ranks = Ranks.here()
+    if ranks.world > 1 and any(torch.device(run.device).index is not None for run in runs):
+        raise ValueError("under torchrun each rank has a GPU of its own: say --device cuda")
     with ExitStack() as stack:
         for run in runs if ranks.first else ():
             stack.enter_context(locked(Path(run.output)))
@@ -114,7 +116,8 @@ def train_many(runs: Sequence[TrainConfig], model: Any = None, dataset: Text | N
             check_sources(runs, model, dataset)
         ranks.wait()
         runs = [run for run, is_there in zip(runs, finished, strict=True) if not is_there]
-        plan = ranks.agree(plan_for(runs, sites, ranks.world))
+        free = min(ranks.gather(free_memory(cfg.device)))
+        plan = plan_for(runs, sites, ranks.world, free)
         if ranks.first and len(runs) > 1:
             print(plan, flush=True)
         for passed in plan.passes:
@@ -158,6 +161,8 @@ def plan_for(
         n_layers=len(sites),
         itemsize=cfg.pair_dtype.itemsize,
         cached=cfg.activations is not None,
+        n_seeds=len({run.seed for run in runs}),
+        world=world,
     )
     return make_plan(jobs, taken, free_memory(cfg.device) if free is None else free, world)
 

@@ -85,8 +85,10 @@ class RunTrainer(SAETrainer[Any, Any]):
         return output
 
     def full_sparsity_window_log(self) -> dict[str, Any]:
-        """As SAETrainer's; nothing of batches that it has seen."""
-        return {} if self.ahead else super().full_sparsity_window_log()
+        """As SAETrainer's; nothing of batches that it has seen, or that were counted before a stop
+        at the end of the window."""
+        counted = self.n_frac_active_samples > 0
+        return super().full_sparsity_window_log() if counted and not self.ahead else {}
 
     def save_checkpoint(
         self,

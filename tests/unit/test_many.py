@@ -14,11 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+from sae_lens.config import SAETrainerConfig
 from sae_lens.training.sae_trainer import SAETrainer
 from safetensors.torch import load_file
 
-from mxd_lens import train, train_many
+from mxd_lens import CompareConfig, train, train_many
 from mxd_lens.data.activations import Reader
+from mxd_lens.layers import answers, architectures
 from mxd_lens.runs.config import ManyConfig
 from mxd_lens.runs.plan import Job, Memory, deal, make_plan
 from mxd_lens.startup import Interrupted
@@ -249,3 +251,52 @@ def test_processes_share_a_comparison_and_one_may_be_killed(run_on, tmp_path):
     assert rows[0] == rows[1] and len(rows[0]["rows"]) == 10
     table = outputs[0][outputs[0].index("| layer |") :].splitlines()[:12]
     assert all(table == out[out.index("| layer |") :].splitlines()[:12] for out in outputs)
+
+
+def test_a_rank_that_trains_nothing_reads(run_on, tmp_path):
+    """SAELens' own layers are not shared: the second rank has none."""
+    one = {"layers": [1], "k": [3], "architectures": ["topk"]}
+    for n in (1, 2):
+        for kept in ("text", "kept"):
+            where = {"activations": tmp_path / f"acts{n}"} if kept == "kept" else {}
+            finish(run_on(n, tmp_path / f"{kept}{n}", **one, **where))
+    for kept in ("text", "kept"):
+        same(weights(tmp_path / f"{kept}2"), weights(tmp_path / f"{kept}1"))
+
+
+def test_what_may_be_shared():
+    shared = {name for name in architectures() if answers(name).splits_batches}
+    assert shared == {"mxd", "mxd_paper", "topk_transcoder", "topk_skip_transcoder", "dense"}
+
+
+def test_a_stop_at_the_end_of_a_window_of_firings(
+    tiny_bridge, documents, make_config, at_step, monkeypatch
+):
+    config = SAETrainerConfig.__init__
+    window = {"feature_sampling_window": 20}
+    monkeypatch.setattr(SAETrainerConfig, "__init__", lambda s, **k: config(s, **k | window))
+    cfg = make_config()
+    stop = iter([signal.SIGINT])
+    with (
+        at_step(19, lambda: [os.kill(os.getpid(), number) for number in stop]),
+        pytest.raises(Interrupted),
+    ):
+        train(cfg, tiny_bridge, documents)
+    train(cfg, tiny_bridge, documents)
+    whole = make_config(output=cfg.output + "-whole")
+    train(whole, tiny_bridge, documents)
+    same(weights(cfg.output), weights(whole.output))
+
+
+@pytest.mark.parametrize(
+    ("layers", "kept"), [([6], True), (["all"], False), ([0, 1], False), (["6"], True)]
+)
+def test_activations_of_one_layer_are_kept(tmp_path, layers, kept):
+    cfg = CompareConfig(output=str(tmp_path), layers=layers)
+    assert (cfg.kept_activations is not None) == kept
+
+
+def test_normalised_activations_are_refused(make_config):
+    options = '{"normalize_activations": "expected_average_only_in"}'
+    with pytest.raises(ValueError, match="normalize_activations would be estimated"):
+        make_config(architecture="topk", sae_options=options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from itertools import islice
 
 import pytest
@@ -113,6 +114,7 @@ def test_a_rank_reads_its_share_and_gets_all_of_its_layers(sites, documents, mon
         return [torch.zeros(n_from_each) for _ in range(self.world)]
 
     monkeypatch.setattr(Ranks, "exchange", exchange)
+    monkeypatch.setattr(Ranks, "largest", lambda self, value: value)
     for rank in range(2):
         reader = open_reader(sites, documents, [[0], [1]], Ranks(rank, 2))
         list(islice(reader.read(reader.passes()), 4))
@@ -120,3 +122,17 @@ def test_a_rank_reads_its_share_and_gets_all_of_its_layers(sites, documents, mon
     for number, one in enumerate(islice(alone.read(alone.passes()), 4)):
         for layer in (0, 1):
             same(sent[number % 2][number // 2][layer], one.pairs[layer].flatten())
+
+
+def test_what_has_been_read_is_kept_no_longer_than_it_waits(sites, documents, monkeypatch):
+    read, pairs = Reader._run, []
+
+    def run(self, one):
+        found = read(self, one)
+        pairs.append(weakref.ref(found[0]))
+        return found
+
+    monkeypatch.setattr(Reader, "_run", run)
+    stream = Stream(open_reader(sites, documents), PARTS)
+    some(stream, 60)
+    assert len(pairs) > 60 and sum(ref() is not None for ref in pairs) <= 2
