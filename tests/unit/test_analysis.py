@@ -75,7 +75,7 @@ class TestProbe:
 
     def test_what_is_there_is_kept(self, config, monkeypatch):
         first = [path.read_text() for path in run_probe(config)]
-        monkeypatch.setattr("mxd_lens.runs.analyse.load_model", None)
+        monkeypatch.setattr("mxd_lens.runs.config.load_model", None)
         assert [path.read_text() for path in run_probe(config)] == first
         config.n_texts = 20
         with pytest.raises(ValueError, match=r"n_texts=.*ask for the same, or move"):
@@ -140,7 +140,7 @@ class TestExperts:
         (path,) = run_experts(config)
         found = path.read_text()
         assert json.loads(found)["experts"][0]["sample"] is None
-        monkeypatch.setattr("mxd_lens.runs.analyse.load_model", None)
+        monkeypatch.setattr("mxd_lens.runs.config.load_model", None)
         assert run_experts(config) == [path] and path.read_text() == found
         config.n_tokens = 500
         with pytest.raises(ValueError, match=r"n_tokens=.*ask for the same"):

@@ -190,7 +190,7 @@ def test_a_row_is_what_the_saved_layer_does(make_compare, tiny_bridge, documents
     cfg = make_compare(k=[2])
     rows = compare(cfg, tiny_bridge, documents)
     held_out = cfg.documents(documents)[1]
-    for row, run in zip(rows, cfg.runs().values(), strict=True):
+    for row, run in zip(rows, cfg.runs(), strict=True):
         layer = SAE.load_from_disk(run.layer_path)
         again, _ = evaluate(tiny_bridge, layer, held_out, n_sequences=4)
         assert {name: row[name] for name in again} == pytest.approx(again)
