@@ -97,6 +97,11 @@ def run_train(cfg: ManyConfig) -> None:
     run = cfg.alone()
     if run is None:
         return run_compare(cfg)
+    if cfg.probe:
+        raise ValueError(
+            f"probe={cfg.probe!r} is for several layers: run `mxd-lens probe {cfg.output} --data "
+            f"{cfg.probe}` once this one is trained"
+        )
     beside = Path(run.output).parent / COMPARISON_FILENAME
     if beside.exists():  # which measures its layers alike
         raise ValueError(f"{run.output} is in a comparison's folder: run `mxd-lens compare` there")
@@ -120,7 +125,7 @@ def run_train(cfg: ManyConfig) -> None:
         check_heldout(site, heldout, context_size=run.context_size)
         train(run, model, dataset)
         if ranks.first:
-            run_evaluation(run, OtherText(), model=model)
+            run_evaluation(run, OtherText(), cfg.n_sequences, model)
         ranks.wait()
 
 

@@ -56,3 +56,4 @@ def test_every_stage_with_a_model_in_bfloat16(llama_folder, text, labelled, tmp_
     main(f"evaluate {run} --dataset {text} --n_sequences 4".split())
     row = json.loads((run / "results.json").read_text())
     assert 0 < row["ce_original"] < 10 and row["training_tokens"] == 1280
+    assert row["ce_tokens"] <= 16 * 7  # one pass: the 4 sequences that were asked for

@@ -19,6 +19,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 from safetensors.torch import load_file
 
 from mxd_lens import CompareConfig, train, train_many
+from mxd_lens.cli import main
 from mxd_lens.data.activations import Reader
 from mxd_lens.layers import answers, architectures
 from mxd_lens.runs.config import ManyConfig
@@ -294,6 +295,12 @@ def test_a_stop_at_the_end_of_a_window_of_firings(
 def test_activations_of_one_layer_are_kept(tmp_path, layers, kept):
     cfg = CompareConfig(output=str(tmp_path), layers=layers)
     assert (cfg.kept_activations is not None) == kept
+
+
+def test_one_layer_is_not_probed_in_passing(tmp_path):
+    said = f"--model m --dataset d --layers 0 --output {tmp_path} --probe demo:bbc"
+    with pytest.raises(SystemExit, match=r"run `mxd-lens probe .* --data demo:bbc` once"):
+        main(["train", *said.split()])
 
 
 def test_normalised_activations_are_refused(make_config):
