@@ -64,17 +64,25 @@ def layer_of(sae: Any) -> Layer:
     return KNOWN[architecture](sae)
 
 
-def width_for(architecture: str, mlp: MLPShape, expansion: int) -> int:
-    """The d_sae with as many parameters as a transcoder of ``expansion * d_in`` units; ValueError
-    if that is smaller than the layer without any units.
+def width_for(architecture: str, mlp: MLPShape, expansion: int, *, exact: bool = False) -> int:
+    """The d_sae with as many parameters as a transcoder of ``expansion * d_in`` units, to the
+    nearest multiple of 64, whose rows a GPU reads fastest; ValueError if that is smaller than the
+    layer without any units.
 
-    Counted as the paper's reference counts them: 21,490 experts for GPT2-124M at 32x.
+    Args:
+        exact: the number itself, counted as the paper's reference counts it: 21,490 experts for
+            GPT2-124M at 32x.
     """
     transcoder = expansion * mlp.d_in * (mlp.d_in + mlp.d_out)
-    width = answers(architecture).width_for(transcoder, mlp)
+    layer = answers(architecture)
+    width = layer.width_for(transcoder, mlp)
     if width < 1:
         raise ValueError(
             f"a {expansion}x transcoder has {transcoder:,} parameters, fewer than a layer of "
             f"architecture {architecture} has without units: choose a larger expansion"
         )
-    return width
+    rounded = layer.has_experts and not exact and width >= _ROW
+    return _ROW * round(width / _ROW) if rounded else width
+
+
+_ROW = 64

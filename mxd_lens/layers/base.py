@@ -377,11 +377,11 @@ class SparseLayer(PairLayer):
     def _codes(self, x: Float[Tensor, "*batch d_in"]) -> Codes:
         codes = self.hook_codes(self.gate(x))
         if has_hooks(self.hook_sae_acts_post):
-            return DenseCodes(self.hook_sae_acts_post(codes.dense()))
+            return DenseCodes(self.hook_sae_acts_post(codes.to_dense()))
         return codes
 
     def _encode(self, x: Tensor) -> Tensor:
-        return self.hook_codes(self.gate(x)).dense()
+        return self.hook_codes(self.gate(x)).to_dense()
 
     def _decode(self, x: Any, acts: Tensor) -> Tensor:
         return self.combine(x, DenseCodes(acts))
@@ -420,8 +420,8 @@ class TrainingPairLayer(PairLayer, TrainingSAE[Any]):
         """The layer and its losses on one batch, as `SAETrainer` reads it.
 
         ``sae_in`` is the target, from which SAETrainer logs explained variance; ``feature_acts``
-        is a detached tensor [batch, d_sae], sparse where the codes are, for it to count firings
-        of.
+        is what it counts firings of: detached codes where they are sparse, else a tensor [batch,
+        d_sae].
 
         Raises:
             ValueError: the batch is not d_in + d_out wide.
@@ -433,7 +433,7 @@ class TrainingPairLayer(PairLayer, TrainingSAE[Any]):
         return TrainStepOutput(
             sae_in=y,
             sae_out=y_hat.to(y.dtype),
-            feature_acts=codes.coo(),
+            feature_acts=codes.for_counting(),
             hidden_pre=codes.values,
             loss=torch.stack(list(losses.values())).sum(),
             losses={name: loss.detach() for name, loss in losses.items()},

@@ -20,7 +20,8 @@ class SparseCodes:
     """The active units of each token: k for all, or ragged.
 
     A layer's ``hook_codes`` carries this; it has what TransformerLens' caches ask of an
-    activation (`detach`, `to`, `shape`, `size`, indexing the batch).
+    activation (`detach`, `to`, `shape`, `size`, indexing the batch), and what SAELens' trainer
+    counts firings by (`bool`, `float`, `sum`).
 
     Args:
         values: activations [*batch, k]; ragged: [n], one token after the other. Never negative;
@@ -54,32 +55,40 @@ class SparseCodes:
             self.values, self.indices, table, counts=self.counts, unit_norm=unit_norm
         )
 
-    def dense(self) -> Float[Tensor, "*batch d_sae"]:
+    def to_dense(self) -> Float[Tensor, "*batch d_sae"]:
         """The activations written out."""
         return to_dense(self.values, self.indices, self.d_sae, counts=self.counts)
 
     def square_norms(self) -> Float[Tensor, "*batch"]:
         """``sum_n a_n^2`` of each token."""
         square = self.values.square()
-        if self.counts is None:
-            return square.sum(-1)
-        sums = square.new_zeros(self.counts.numel())
-        return sums.index_add_(0, token_of(self.indices, self.counts), square).view_as(self.counts)
+        return square.sum(-1) if self.counts is None else self.with_values(square).sum(-1)
 
     def with_values(self, values: Tensor) -> SparseCodes:
         """The same units with other activations."""
         return replace(self, values=values)
 
-    def coo(self) -> Float[Tensor, "tokens d_sae"]:
-        """The activations as a sparse tensor, detached, the batch flattened."""
-        token = token_of(self.indices, self.counts)
-        n_tokens = self.shape[:-1].numel()
-        return torch.sparse_coo_tensor(
-            torch.stack([token, self.indices.flatten()]),
-            self.values.detach().flatten(),
-            (n_tokens, self.d_sae),
-            check_invariants=False,
-        )
+    def for_counting(self) -> SparseCodes:
+        """What SAELens' trainer counts firings of."""
+        return self.detach()
+
+    def bool(self) -> SparseCodes:
+        """1 where a unit is active."""
+        return self.with_values(self.values.detach() > 0)
+
+    def float(self) -> SparseCodes:
+        """Of float32."""
+        return self.with_values(self.values.float())
+
+    def sum(self, dim: int) -> Float[Tensor, "d_sae"] | Float[Tensor, "*batch"]:
+        """Over the tokens (0 or -2), for each unit, or over the units (-1), for each token."""
+        values = self.values.flatten()
+        if dim == -1:
+            at, n, shape = token_of(self.indices, self.counts), self.shape[:-1].numel(), self.shape
+            return values.new_zeros(n).index_add_(0, at, values).view(shape[:-1])
+        if dim not in (0, -2):
+            raise ValueError(f"sum over dimension {dim}: it is 0 or -2, tokens, or -1, units")
+        return values.new_zeros(self.d_sae).index_add_(0, self.indices.flatten(), values)
 
     def firings(self) -> Firings:
         """Token (of the flattened batch), unit and activation wherever a unit is active."""
@@ -130,17 +139,17 @@ class DenseCodes:
         """``a @ table``, see `SparseCodes.decode`."""
         return self.values.to(table.dtype) @ (keep_unit_norm(table) if unit_norm else table)
 
-    def dense(self) -> Float[Tensor, "*batch d_sae"]:
+    def to_dense(self) -> Float[Tensor, "*batch d_sae"]:
         """The activations."""
         return self.values
 
-    def coo(self) -> Float[Tensor, "tokens d_sae"]:
-        """The activations, detached, the batch flattened."""
+    def for_counting(self) -> Float[Tensor, "tokens d_sae"]:
+        """As `SparseCodes.for_counting`: the batch flattened."""
         return rearrange(self.values.detach(), "... d_sae -> (...) d_sae")
 
     def firings(self) -> Firings:
         """Token (of the flattened batch), unit and activation wherever a unit is active."""
-        values = self.coo()
+        values = self.for_counting()
         token, unit = (values > 0).nonzero(as_tuple=True)
         return token, unit, values[token, unit]
 

@@ -282,8 +282,8 @@ def _scatter_rows(
 
     The transpose of `_row_sum`, written as one: occurrences sorted by row make each row's bag.
     """
-    flat, order = indices.flatten().sort()
-    starts = torch.searchsorted(flat, torch.arange(rows, device=flat.device))
+    flat, order = indices.flatten().int().sort()  # in half the time of int64
+    starts = torch.searchsorted(flat, torch.arange(rows, device=flat.device, dtype=flat.dtype))
     token = order // indices.shape[-1] if counts is None else token_of(indices, counts)[order]
     return F.embedding_bag(
         token,

@@ -106,7 +106,7 @@ class SparseTopKTrainingSAE(TopKTrainingSAE):
         return TrainStepOutput(
             sae_in=step_input.sae_in,
             sae_out=sae_out,
-            feature_acts=codes.coo(),
+            feature_acts=codes.for_counting(),
             hidden_pre=codes.values,
             loss=loss,
             losses={"mse_loss": loss, "auxiliary_reconstruction_loss": loss.new_tensor(0.0)},

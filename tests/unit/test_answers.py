@@ -41,14 +41,27 @@ class TestNames:
 
 class TestWidth:
     def test_the_references_own_number(self):
-        assert width_for("mxd", GPT2, 32) == width_for("mxd_paper", GPT2, 32) == 21_490
+        for name in ("mxd", "mxd_paper"):
+            assert width_for(name, GPT2, 32, exact=True) == 21_490
+
+    @pytest.mark.parametrize("name", sorted({*architectures()} - {"dense"}))
+    def test_rows_are_multiples_of_64(self, name):
+        exact = width_for(name, GPT2, 33, exact=True)
+        width = width_for(name, GPT2, 33)
+        assert width % 64 == 0 and abs(width - exact) <= 32
+        small = MLPShape(2, 2, 2, "relu", gated=False)
+        assert width_for(name, small, 20) == width_for(name, small, 20, exact=True) < 64
 
     @pytest.mark.parametrize("name", sorted({*architectures()} - {"dense", "gated"}))
     @pytest.mark.parametrize("mlp", [GPT2, SMOLLM2])
     def test_real_parameter_counts_agree_within_a_thousandth(self, name, mlp):
         units = 16 * mlp.d_in
         transcoder = 2 * mlp.d_in * units + units + mlp.d_out
-        cfg: Any = {"d_in": mlp.d_in, "d_sae": width_for(name, mlp, 16), "device": "meta"}
+        cfg: Any = {
+            "d_in": mlp.d_in,
+            "d_sae": width_for(name, mlp, 16, exact=True),
+            "device": "meta",
+        }
         if answers(name).reads_input:
             cfg |= {"d_out": mlp.d_out}
         if "mxd" in name:
@@ -78,8 +91,8 @@ class TestOurs:
         y, codes, sparse = layer.run_with_codes(x)
         terms = steps(layer, x)
         close(y, terms["hook_out"])
-        close(codes.dense(), terms["hook_sae_acts_post"])
-        close(layer.codes(x).dense(), terms["hook_sae_acts_post"])
+        close(codes.to_dense(), terms["hook_sae_acts_post"])
+        close(layer.codes(x).to_dense(), terms["hook_sae_acts_post"])
         close(sparse, terms["hook_experts" if "mxd" in kind else "hook_sae_recons"])
 
     @pytest.mark.parametrize("kind", TRAINING)
@@ -142,8 +155,8 @@ class TestSAELensOwn:
         acts = sae.encode(x).to_dense()
         y, codes, sparse = layer.run_with_codes(x)
         close(y, sae(x))
-        close(codes.dense(), acts)
-        close(layer.codes(x).dense(), acts)
+        close(codes.to_dense(), acts)
+        close(layer.codes(x).to_dense(), acts)
         skip = x @ sae.W_skip.T if hasattr(sae, "W_skip") else 0
         close(sparse + skip, y)
         for unit in range(11):  # each direction is what one more of its activation adds

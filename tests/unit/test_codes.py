@@ -37,8 +37,12 @@ class TestCodes:
     def test_say_what_the_activations_say(self, kind, batch):
         codes, acts = draw(kind, *batch)
         flat = acts.reshape(-1, D_SAE)
-        close(codes.dense(), acts)
-        close(codes.coo().to_dense(), flat)
+        close(codes.to_dense(), acts)
+        counted = codes.for_counting()
+        close(counted.to_dense().reshape(flat.shape), flat)
+        for dim in (0, -2, -1):
+            of_codes = counted.bool().float().sum(dim)
+            close(of_codes.flatten(), flat.bool().float().sum(dim))
         token, unit, value = codes.firings()
         close(torch.zeros_like(flat).index_put((token, unit), value), flat)
         assert (value > 0).all() and len(value) == (acts > 0).sum()
@@ -46,7 +50,7 @@ class TestCodes:
         if kind != "dense":
             assert codes.shape == acts.shape and codes.dim() == 1
             close(codes.square_norms(), acts.square().sum(-1))
-            assert codes.to(torch.device("meta")).dense().shape == acts.shape
+            assert codes.to(torch.device("meta")).to_dense().shape == acts.shape
 
     @pytest.mark.parametrize("unit_norm", [False, True])
     def test_decode_as_a_product_with_its_gradients(self, kind, batch, unit_norm):
@@ -63,14 +67,17 @@ class TestCodes:
         (of_table,) = torch.autograd.grad((expected * weight).sum(), table)
         close(torch.autograd.grad((found * weight).sum(), table, retain_graph=True)[0], of_table)
         (of_values,) = torch.autograd.grad((found * weight).sum(), codes.values)
-        (written_out,) = torch.autograd.grad((codes.dense() @ rows * weight).sum(), codes.values)
+        (written_out,) = torch.autograd.grad((codes.to_dense() @ rows * weight).sum(), codes.values)
         close(of_values, written_out)
 
     def test_are_detached_for_counting(self, kind, batch):
         codes, _ = draw(kind, *batch)
         codes.values.requires_grad_()
         assert codes.decode(torch.randn(D_SAE, 4).double()).requires_grad
-        assert not codes.coo().requires_grad and not codes.firings()[2].requires_grad
+        assert (
+            not codes.for_counting().to_dense().requires_grad
+            and not codes.firings()[2].requires_grad
+        )
         assert kind == "dense" or not codes.detach().values.requires_grad
 
 
@@ -78,8 +85,8 @@ class TestCodes:
 def test_a_part_of_the_batch(kind):
     codes, acts = draw(kind, 4, 3)
     for at in (0, 3, slice(1, 3), slice(None), (slice(2),), (1, slice(2)), (3, 2)):
-        close(codes[at].dense(), acts[at])
-    close(codes[2][1].dense(), acts[2, 1])
+        close(codes[at].to_dense(), acts[at])
+    close(codes[2][1].to_dense(), acts[2, 1])
 
 
 @pytest.mark.parametrize("kind", [kind for kind in SPARSE if "batchtopk" not in kind])
@@ -90,9 +97,9 @@ class TestHookCodes:
         _, cache = layer.run_with_cache(x)
         codes = cache["hook_codes"]
         assert isinstance(codes, SparseCodes) and codes.values.numel() < expected.numel()
-        close(codes.dense().detach(), expected)
+        close(codes.to_dense().detach(), expected)
         _, cache = layer.run_with_cache(x, remove_batch_dim=True)
-        close(cache["hook_codes"].dense().detach(), expected[0])
+        close(cache["hook_codes"].to_dense().detach(), expected[0])
 
     @pytest.mark.parametrize("model", ["tiny_hooked", "tiny_bridge"])
     def test_so_does_the_models(self, kind, model, request, tokens):
@@ -107,7 +114,7 @@ class TestHookCodes:
         expected = layer.encode(cache[mlp_in])
         for codes in (cache[name], alone[name]):
             assert isinstance(codes, SparseCodes)
-            close(codes.dense(), expected, rtol=1e-4, atol=1e-5)
-        close(one[name].dense(), layer.encode(one[mlp_in]), rtol=1e-4, atol=1e-5)
-        close(last[name].dense(), layer.encode(last[mlp_in]), rtol=1e-4, atol=1e-5)
+            close(codes.to_dense(), expected, rtol=1e-4, atol=1e-5)
+        close(one[name].to_dense(), layer.encode(one[mlp_in]), rtol=1e-4, atol=1e-5)
+        close(last[name].to_dense(), layer.encode(last[mlp_in]), rtol=1e-4, atol=1e-5)
         assert one[name].shape == last[name].shape == (7, 40)

@@ -1,7 +1,10 @@
 """Layers under torch.compile, and on a device that holds no numbers."""
 
+from copy import deepcopy
+
 import pytest
 import torch
+from sae_lens.saes.sae import TrainStepInput
 
 from tests.helpers import INFERENCE, RAGGED, TRAINING, make_layer, training_step
 
@@ -9,10 +12,10 @@ INFERENCE = [kind for kind in INFERENCE if kind not in RAGGED]  # whose shapes d
 TRAINING = [kind for kind in TRAINING if kind not in RAGGED]
 
 
-def compiled(layer):
+def compiled(module):
     """Without a graph break, and for any batch."""
     torch.compiler.reset()
-    return torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
+    return torch.compile(module, backend="aot_eager", fullgraph=True, dynamic=True)
 
 
 @pytest.mark.parametrize("kind", INFERENCE)
@@ -35,6 +38,19 @@ def test_gradients_compile_without_a_graph_break(kind):
         x = torch.randn(n, 5)
         found = torch.autograd.grad(fast(x).square().sum(), used)
         torch.testing.assert_close(found, torch.autograd.grad(layer(x).square().sum(), used))
+
+
+@pytest.mark.parametrize("kind", TRAINING)
+def test_saelens_training_step_compiles_without_a_graph_break(kind):
+    layer = make_layer(kind, 0.3, dtype="float32")
+    plain, step = deepcopy(layer), compiled(layer.training_forward_pass)
+    for n in (9, 5):
+        batch = TrainStepInput(torch.randn(n, 9), {}, torch.zeros(11).bool(), 0, False)
+        found, expected = step(batch), plain.training_forward_pass(batch)
+        torch.testing.assert_close(found.loss, expected.loss)
+        torch.testing.assert_close(
+            found.feature_acts.bool().float().sum(0), expected.feature_acts.bool().float().sum(0)
+        )
 
 
 @pytest.mark.parametrize("kind", TRAINING)

@@ -132,7 +132,7 @@ class TestHooks:
         expected = steps(layer, x)
         assert [name for name, _ in fired] == hook_names(kind) == list(expected)
         for name, t in fired:
-            close(t.dense() if name == "hook_codes" else t, expected[name])
+            close(t.to_dense() if name == "hook_codes" else t, expected[name])
         close(y, expected["hook_out"])
         never = {"hook_sae_error"} | ({*GATE[:2]} if kind not in SPARSE else set())
         assert set(layer.hook_dict) == {*hook_names(kind)} | never

@@ -14,6 +14,7 @@ from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.saes.transcoder import JumpReLUTranscoder
 
 from mxd_lens.layers.batch_topk import JumpReLUMxD, above, largest
+from mxd_lens.layers.codes import SparseCodes
 from mxd_lens.layers.sae import SparseTopKTrainingSAE
 from tests.conftest import randomise
 from tests.helpers import SHAPE, close, make_layer, same, training_step
@@ -44,7 +45,7 @@ def test_loss_and_gradients_of_a_sparse_sae_are_saelens(rescale, b_dec_to_input,
     batch = torch.randn(32, 6, dtype=torch.float64)
     step_input = TrainStepInput(batch, {}, torch.arange(20) < dead, 0, False)
     expected, found = (sae.training_forward_pass(step_input) for sae in saes)
-    assert found.feature_acts.is_sparse == (dead == 0)
+    assert isinstance(found.feature_acts, SparseCodes) == (dead == 0)
     assert found.losses.keys() == expected.losses.keys()
     assert (found.losses["auxiliary_reconstruction_loss"] > 0) == (dead > 0)
     close(found.loss, expected.loss)
@@ -68,7 +69,7 @@ class TestBatchTopK:
 
     def test_the_largest_of_a_batch_are_saelens(self, pre, chunk):
         codes = largest(pre.split(chunk), K * TOKENS, torch.Size([5, 10]), 40)
-        same(codes.dense(), BatchTopK(K)(pre).view(5, 10, 40))
+        same(codes.to_dense(), BatchTopK(K)(pre).view(5, 10, 40))
         assert len(codes.values) == K * TOKENS and codes.counts.unique().numel() > 1
 
     def test_no_more_than_the_positive_ones_are_active(self, pre, chunk):
@@ -80,7 +81,7 @@ class TestBatchTopK:
     def test_above_a_threshold_are_the_positive_ones_beyond_it(self, pre, chunk):
         threshold = torch.randn(40)
         codes = above(pre.split(chunk), threshold, torch.Size([TOKENS]))
-        same(codes.dense(), pre.relu() * (pre > threshold))
+        same(codes.to_dense(), pre.relu() * (pre > threshold))
 
 
 @pytest.mark.parametrize("name", ["mxd", "transcoder"])
