@@ -124,7 +124,7 @@ class Mixer:
         self.buffers = {
             layer: torch.empty(shape, dtype=reader.dtype, device=reader.device) for layer in layers
         }
-        self._passes = passes
+        self._passes, self._device = passes, reader.device
         self._unread: dict[int, Pass] = {}
         self._origin = torch.full((capacity, 2), -1)  # number of the pass and row in it, by slot
         self._free = torch.arange(capacity)
@@ -155,7 +155,7 @@ class Mixer:
     def rows(self, layer: int, slots: Int[Tensor, "n"]) -> Float[Tensor, "n d_pair"]:
         """What is there, in float32."""
         buffer = self.buffers[layer]
-        return buffer[slots.to(buffer.device)].float()
+        return buffer[slots.to(buffer.device, non_blocking=True)].float()
 
     def unread(self) -> list[Pass]:
         """Passes with rows in the buffer that the model has not read."""
@@ -190,6 +190,6 @@ class Mixer:
     def _write(self, one: Pass, slots: Int[Tensor, "n"], rows: Int[Tensor, "n"]) -> None:
         assert one.pairs is not None
         tokens = one.kept.nonzero()[rows, 0]
+        to, of = torch.stack([slots, tokens]).to(self._device, non_blocking=True)
         for layer, buffer in self.buffers.items():
-            to, of = (at.to(buffer.device) for at in (slots, tokens))
             buffer[to] = one.pairs[layer][of]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from sae_lens.registry import register_sae_class, register_sae_training_class
 from sae_lens.saes.sae import SAEConfig, TrainStepInput, TrainStepOutput
 from sae_lens.saes.transcoder import JumpReLUTranscoderConfig
@@ -41,7 +41,7 @@ def largest(
             values, places = [kept], [torch.cat(places)[order]]
             floor = kept.min()
     place, order = torch.cat(places).sort()
-    counts = (place // d_sae).bincount(minlength=batch.numel())
+    counts = _count(place // d_sae, batch.numel())
     return SparseCodes(torch.cat(values)[order], place % d_sae, d_sae, counts.view(batch))
 
 
@@ -57,10 +57,15 @@ def above(
         token, unit = (pre > floor).nonzero(as_tuple=True)
         values.append(pre[token, unit])
         units.append(unit)
-        counts.append(token.bincount(minlength=len(pre)))
+        counts.append(_count(token, len(pre)))
     return SparseCodes(
         torch.cat(values), torch.cat(units), len(threshold), torch.cat(counts).view(batch)
     )
+
+
+def _count(token: Int[Tensor, "n"], n_tokens: int) -> Int[Tensor, "n_tokens"]:
+    """How often each token occurs: ``bincount``, for which a GPU need not be waited for."""
+    return token.new_zeros(n_tokens).index_add_(0, token, torch.ones_like(token))
 
 
 class TrainingBatchTopK(TrainingSparseLayer):
@@ -81,10 +86,11 @@ class TrainingBatchTopK(TrainingSparseLayer):
 
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         output = super().training_forward_pass(step_input)
-        kept = output.hidden_pre.detach()
-        kept = kept[kept > 0]
+        kept, threshold = output.hidden_pre.detach().double(), self.topk_threshold
         if len(kept):
-            self.topk_threshold.lerp_(kept.min().double(), self.cfg.topk_threshold_lr)
+            smallest = torch.where(kept > 0, kept, torch.inf).min()
+            smallest = torch.where(smallest.isfinite(), smallest, threshold)
+            threshold.lerp_(smallest, self.cfg.topk_threshold_lr)
         output.metrics["topk_threshold"] = self.topk_threshold
         return output
 

@@ -109,7 +109,7 @@ class SparseTopKTrainingSAE(TopKTrainingSAE):
             feature_acts=codes.for_counting(),
             hidden_pre=codes.values,
             loss=loss,
-            losses={"mse_loss": loss, "auxiliary_reconstruction_loss": loss.new_tensor(0.0)},
+            losses={"mse_loss": loss, "auxiliary_reconstruction_loss": loss.new_zeros(())},
         )
 
 

@@ -66,7 +66,8 @@ class Site:
 
     def on_model(self, tokens: Int[Tensor, "*batch"]) -> Int[Tensor, "*batch"]:
         """Token ids on the device that the model reads them on."""
-        return tokens.to(_get_input_token_device(self.model))
+        device = _get_input_token_device(self.model)
+        return tokens.to(device, non_blocking=tokens.is_cpu)
 
     def non_special(self, tokens: Int[Tensor, "*batch"]) -> Bool[Tensor, "*batch"]:
         """True at non-special tokens."""

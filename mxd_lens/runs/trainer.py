@@ -175,8 +175,9 @@ class Lockstep(MultiSAETrainer):
         if self.n_training_steps % update_interval == 0:
             seen = [output for output in step_outputs.values() if output is not None]
             if len(seen) == 1:
-                losses = seen[0].losses.items()
-                said = " | ".join(f"{name}: {loss.item():.5f}" for name, loss in losses)
+                losses = torch.stack(list(seen[0].losses.values())).tolist()
+                named = zip(seen[0].losses, losses, strict=True)
+                said = " | ".join(f"{name}: {loss:.5f}" for name, loss in named)
             else:
                 said = f"{len(seen)} layers"
             pbar.set_description(f"{self.n_training_steps}| {said}")
