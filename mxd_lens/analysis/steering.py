@@ -34,6 +34,7 @@ from mxd_lens.analysis.judge import Judge, Scores
 from mxd_lens.fields import Count, EachOnce, Finite, Index, NotNegative, check
 from mxd_lens.layers import layer_of
 from mxd_lens.models.site import hooks_of, special_tokens
+from mxd_lens.models.splice import get_mlp
 
 Amount = float | Float[Tensor, "n_experts"] | Float[Tensor, "batch n_experts"]
 
@@ -299,19 +300,23 @@ def generate_steered(
 
 @contextmanager
 def attached(model: Any, sae: SAE[Any]) -> Iterator[None]:
-    """The layer on top of the original model, error term on; everything restored afterwards."""
-    name = hooks_of(sae)[1]
+    """The layer on top of the original model, where that has its MLP, error term on; everything
+    restored afterwards."""
+    name, before = hooks_of(sae)[1], sae.device
+    mlp = get_mlp(model, extract_layer_from_tlens_hook_name(name) or 0)
     bridged = not isinstance(model, HookedTransformer)
     if bridged:
         name = model._resolve_hook_name(name)
     hook = get_deep_attr(model, name)
     try:
+        sae.to(next(mlp.parameters()).device)
         with model.saes([sae], use_error_term=True):
             # A float32 layer's error term is float32, whatever the model is.
             in_place: Any = get_deep_attr(model, name)
             in_place.register_forward_hook(lambda module, args, out: out.to(args[0].dtype))
             yield
     finally:
+        sae.to(before)
         sae.setup()  # its hook points have the model's names
         if isinstance(hook, HookPoint):  # SAELens has put another, which a bridge does not find
             set_deep_attr(model, name, hook)
