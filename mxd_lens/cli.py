@@ -80,9 +80,7 @@ def run_evaluation(
         documents = text.load() if own is None else run.documents(own)[1]
         model = model or run.load_model()
         check_sources([run], model, own)
-        measured, density = evaluate(
-            model, sae, documents, n_sequences=n_sequences, autocast=run.autocast
-        )
+        measured, density = evaluate(model, sae, documents, n_sequences=n_sequences)
         source = text.dataset or f"{run.dataset} (held out)"
         row = Row(**measured | run.identity | probes, dataset=source)
         page = path.with_suffix(".html")

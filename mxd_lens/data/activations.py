@@ -37,7 +37,7 @@ def activations_store(
     if next(iter(dataset), None) is None:
         raise ValueError("there is no document: give more text or hold out fewer")
     site = sites[0]
-    hooks = [hook for one in sites for hook in one.hooks]
+    hooks = list(dict.fromkeys(hook for one in sites for hook in one.hooks))
     store = ActivationsStore.from_config_multi_hook(
         site.model,
         dataset=dataset,

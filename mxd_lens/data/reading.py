@@ -27,11 +27,12 @@ class Heldout:
     tokens: list[Int[Tensor, "batch pos"]]
     """Each text once."""
     pairs: list[dict[str, Float[Tensor, "tokens d"]]]
-    """For each batch, input and output of the MLP at the non-special tokens."""
+    """For each batch, input and output of the MLP, and what the layer reads, at the non-special
+    tokens."""
     n_sequences: int
     """Sequences of these on which cross-entropies are taken."""
-    shared: dict[str, float] = field(default_factory=dict)
-    """Cross-entropies no layer takes part in, once they are known."""
+    shared: dict[str, Float[Tensor, "sequences pos"]] = field(default_factory=dict)
+    """Losses that no layer takes part in, once they are known, see `InModel`."""
 
     @property
     def in_model(self) -> list[Int[Tensor, "batch pos"]]:
@@ -48,21 +49,19 @@ def read_heldout(
     n_sequences: int = 64,
     n_tokens: int = 100_000,
     batch_size: int = 16,
-    autocast: bool = False,
 ) -> Heldout:
-    """Run the language model over held-out documents, up to the MLP.
+    """Run the language model over held-out documents, up to the MLP, in its weights' precision.
 
     Args:
         n_sequences: sequences on which cross-entropies (nats per token) will be taken.
         n_tokens: tokens on which layers alone will be measured; fewer if the text is shorter.
         batch_size: sequences per pass of the language model.
-        autocast: run the language model in bfloat16 where that is safe.
 
     Raises:
         ValueError: the text is too short for a single batch.
     """
     check(Count, n_sequences=n_sequences, n_tokens=n_tokens, batch_size=batch_size)
-    store = _heldout_store(site, dataset, context_size, batch_size, autocast)
+    store = _heldout_store(site, dataset, context_size, batch_size)
     batches = _token_batches(store, -(-n_tokens // (batch_size * (context_size - 1))))
     pairs = []
     for tokens in tqdm(batches, desc="Reading held-out text"):
@@ -77,15 +76,15 @@ def check_heldout(site: Site, dataset: Text, *, context_size: int, batch_size: i
 
 
 def _heldout_store(
-    site: Site, dataset: Text, context_size: int, batch_size: int, autocast: bool = False
+    site: Site, dataset: Text, context_size: int, batch_size: int
 ) -> ActivationsStore:
     return activations_store(
-        [site],
+        [site, Site.at(site.model, site.layer)],
         dataset,
         context_size=context_size,
         batch_size=batch_size * context_size,
         lm_batch_size=batch_size,
-        autocast_lm=autocast,
+        autocast_lm=False,
     )
 
 

@@ -36,7 +36,7 @@ def write_comparison_page(results: Path) -> None:
     Raises:
         ValueError: a file is none of ours.
     """
-    rows = read_rows(results)
+    rows = _with_agreement(read_rows(results), results.parent)
     opening = _opening(rows)
     mlps = sorted({row["hook_layer"] for row in rows})
     described, experts = _described(results.parent, opening)
@@ -50,6 +50,7 @@ def write_comparison_page(results: Path) -> None:
         control=[row for row in rows if not _has_experts(row)],
         figures=figures.comparison(rows),
         decisive=tables.decisive(rows),
+        questions=tables.questions(rows),
         everything=tables.everything(rows),
         folder=shlex.quote(str(results.parent)),
         described=described,
@@ -125,6 +126,7 @@ def _write(path: Path, template: str, row: dict[str, Any], **parts: Any) -> None
     where = f"the MLP at {row['hook_name_out']}"
     shared = {"row": row, "where": where, "title": layer_label(row), "plotly": get_plotlyjs()}
     numbers = {"numbers": tables.summary(row), "everything": tables.everything([row])}
+    numbers["by_token"] = tables.by_token(row)
     write_text(path, _PAGES.get_template(template).render(shared | numbers | parts))
 
 
@@ -171,6 +173,19 @@ def _rows(folder: Path) -> dict[Path, dict[str, Any]]:
     """The runs of a comparison that have been measured."""
     paths = sorted(folder.glob("*/results.json"))
     return {path.parent: row for path in paths for row in read_rows(path)}
+
+
+def _with_agreement(rows: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
+    """The rows, with the mean agreement of those layers whose experts were inspected."""
+    who = ("hook_layer", "architecture", "k", "seed")
+    agreement = {}
+    for path, row in _rows(folder).items():
+        experts = _read(path / "experts.json", Experts)
+        found = [e["agreement"] for e in experts["experts"]] if experts else []
+        found = [of_expert for of_expert in found if of_expert is not None]
+        if found:
+            agreement[tuple(row[name] for name in who)] = {"agreement": sum(found) / len(found)}
+    return [row | agreement.get(tuple(row[name] for name in who), {}) for row in rows]
 
 
 def _read(path: Path, kind: Any) -> Any:

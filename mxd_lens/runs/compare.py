@@ -11,7 +11,7 @@ import hashlib
 import re
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import field
+from dataclasses import field, replace
 from itertools import groupby, product
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from sae_lens.constants import RUNNER_CFG_FILENAME
 from sae_lens.saes.sae import SAE
 
 from mxd_lens.analysis.faithfulness import evaluate
+from mxd_lens.analysis.intervals import worth
 from mxd_lens.analysis.probing import pool_layer, probe, summarise
 from mxd_lens.data.labelled import load_labelled
 from mxd_lens.data.reading import Heldout, TextActivations, read_heldout, text_activations
@@ -56,6 +57,8 @@ from mxd_lens.runs.train import check_layer, train_many
 
 COMPARED = ["mxd", "mxd_paper", "topk_transcoder", "topk_skip_transcoder", "topk", "dense"]
 """Architectures of a comparison, in the order of its tables."""
+
+CONTROL = "dense"
 
 _WAITING = "waiting for another process, which trains {}"
 
@@ -163,7 +166,8 @@ def compare(
             check_sources([cfg], model, dataset)
     write()  # a kill may have come before the last one
     ranks.wait()
-    return [plain(file_of(run).value) for run in runs]
+    every = _all_rows(folder)
+    return [plain(_with_worth(file_of(run).value, every)) for run in runs]
 
 
 def _alone(folder: Path, ranks: Ranks) -> AbstractContextManager[Any]:
@@ -225,7 +229,7 @@ def claim_comparison(cfg: ManyConfig, *, write: bool = True) -> None:
 
 def measure(sae: SAE[Any], run: TrainConfig, heldout: Heldout, dataset: str) -> dict[str, Any]:
     """A plain row: what was trained and how it does on the held-out text."""
-    row, _ = evaluate(heldout.site.model, sae, heldout, autocast=run.autocast)
+    row, _ = evaluate(heldout.site.model, sae, heldout)
     return {**row, **run.identity, "dataset": dataset}
 
 
@@ -284,7 +288,21 @@ def results_stem(dataset: str | None) -> str:
 
 
 def write_rows(folder: Path, rows: list[Row], stem: str = "results") -> Path:
-    """The rows as JSON, this path, in the order of tables."""
+    """The rows as JSON, this path, in the order of tables, each with what its experts are worth."""
     path = folder / f"{stem}.json"
-    write(path, Comparison(rows=sorted(rows, key=_place)), indent=2)
+    write(path, Comparison(rows=[_with_worth(row, rows) for row in sorted(rows, key=_place)]), 2)
     return path
+
+
+def _with_worth(row: Row, rows: list[Row]) -> Row:
+    """Against the dense control of the same MLP, and of the same seed if there is one."""
+    controls = [
+        control
+        for control in rows
+        if control.architecture == CONTROL and control.hook_layer == row.hook_layer
+    ]
+    if row.architecture == CONTROL or not controls:
+        return row
+    control = min(controls, key=lambda control: (control.seed != row.seed, control.seed))
+    value, spread = worth(plain(row), plain(control))
+    return replace(row, worth=value, worth_interval=spread)

@@ -157,7 +157,7 @@ class RunConfig(TextSource):
     @property
     def reading_heldout(self) -> dict[str, Any]:
         """Arguments of `read_heldout`."""
-        return values(self, ("context_size", "device", "autocast"))
+        return values(self, ("context_size", "device"))
 
     @property
     def reading_texts(self) -> dict[str, Any]:
