@@ -46,8 +46,8 @@ def evaluate(
 
     Args:
         model: the language model, unspliced, that `sae.cfg.metadata` names the hooks of.
-        dataset: documents in a column ``text``, none of them trained on; or what
-            `read_heldout` made of them, where several layers share it.
+        dataset: documents in a column ``text``, or sequences in ``input_ids``, none of them trained
+            on; or what `read_heldout` made of them, where several layers share it.
         n_sequences, n_tokens, batch_size: as in `read_heldout`.
         n_jacobian_tokens: tokens at which Jacobians are compared.
 

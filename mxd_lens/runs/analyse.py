@@ -116,11 +116,11 @@ def _documents(run: TrainConfig) -> tuple[Text, Text]:
     return run.documents(dataset)
 
 
-def _of_file(source: str | None) -> dict[str, str]:
-    """What tells the text in a local file from what it was, or will be, at another time."""
-    if source is None or not Path(source).is_file():
+def _of_local(source: str | None, split: str) -> dict[str, str]:
+    """What tells a local text from what it was, or will be, at another time."""
+    if source is None or not Path(source).exists():
         return {}
-    return {"text_fingerprint": text_fingerprint(read(source))}
+    return {"text_fingerprint": text_fingerprint(read(source, split))}
 
 
 @config
@@ -151,7 +151,7 @@ def run_probe(cfg: ProbeConfig) -> list[Path]:
     """
     how = cfg.settings()
     del how["data"]
-    asked: Parts = {data: how | _of_file(data) for data in cfg.data}
+    asked: Parts = {data: how | _of_local(data, cfg.dataset_split) for data in cfg.data}
     with _files(cfg, "probe.json", results.Probes, lambda run: asked) as files:
         missing = {data: [each for each in files if data in each[1].missing] for data in cfg.data}
         load = values(cfg, ("text_column", "label_column", "n_texts"))
@@ -257,7 +257,7 @@ def run_experts(cfg: ExpertsConfig) -> list[Path]:
     Raises:
         ValueError: no such layers or text, or a file that was asked for otherwise.
     """
-    contexts = cfg.settings() | _of_file(cfg.dataset)
+    contexts = cfg.settings() | _of_local(cfg.dataset, cfg.dataset_split)
     effects = {"effect_strength": contexts.pop("effect_strength")}
     sampled = ("sample_strength", "prompt", "temperature", "sample_tokens")
     samples = {name: contexts.pop(name) for name in sampled}

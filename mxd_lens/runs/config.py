@@ -47,7 +47,7 @@ class TextFormat:
     dataset_split: Name = "train"
     """Split of a hub data set."""
     text_column: Name = "text"
-    """Column of the data set that holds the text."""
+    """Column of the data set that holds the text, or its tokens."""
 
 
 @config
@@ -55,7 +55,8 @@ class TextSource(TextFormat):
     """Where text comes from."""
 
     dataset: PathStr
-    """Hub data set (name or name:config), local .txt/.jsonl/.parquet/.csv, or demo:wikipedia."""
+    """Hub data set (name or name:config), local .txt/.jsonl/.parquet/.csv, demo:wikipedia, or the
+    folder of a saved data set; text, or tokens of SAELens' PretokenizeRunner."""
     streaming: bool = False
     """Stream the data set instead of downloading it whole."""
 

@@ -70,7 +70,8 @@ def train_many(runs: Sequence[TrainConfig], model: Any = None, dataset: Text | N
         runs: which differ in layer, architecture and its options, k, learning rate, seed and
             folder only.
         model: the loaded model, instead of loading ``cfg.model``.
-        dataset: documents in a column ``text``, instead of loading ``cfg.dataset``.
+        dataset: documents in a column ``text``, or sequences of tokens in ``input_ids``, instead of
+            loading ``cfg.dataset``.
 
     Raises:
         ValueError: anything about model, layers, text or configuration that cannot work, too
@@ -94,7 +95,7 @@ def train_many(runs: Sequence[TrainConfig], model: Any = None, dataset: Text | N
             own_checkpoints(_checkpoints(run), settings(run))
         finished = ranks.agree([run.finished for run in runs])
         if all(finished):
-            if runs and dataset is None and Path(runs[0].dataset).is_file():
+            if runs and dataset is None and Path(runs[0].dataset).exists():
                 dataset = runs[0].load()
             if ranks.first:
                 check_sources(runs, model, dataset)

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mxd_lens.demo import corpora, models, wheels
+from mxd_lens.models.load import DEMO_MODEL, load_model
 
 TEXT = (
     "The Eiffel Tower (French: la tour Eiffel) was completed in 1889.\n\n¿Qué? été, naïve — 3.14 "
@@ -47,8 +48,8 @@ def test_the_saved_tokenizer_agrees_with_the_one_in_the_gguf(folder, tmp_path):
 
 
 def test_both_models_agree_with_transformers(folder):
-    bridge = models.load_smollm2_bridge()
-    hooked = models.load_smollm2_hooked(n_ctx=128)
+    bridge, hooked = load_model(DEMO_MODEL), load_model(DEMO_MODEL, "HookedTransformer")
+    assert hooked.cfg.n_ctx == 512
     assert bridge.to_tokens("Hello").tolist() == hooked.to_tokens("Hello").tolist() == [[1, 19556]]
 
     tokens = bridge.to_tokens(TEXT * 4)[:, :128]  # [1, 128]
@@ -68,9 +69,9 @@ def refuse(event, args):
         print("network", event, args[1:] if event == "socket.connect" else args, file=sys.stderr)
         sys.exit(1)
 sys.addaudithook(refuse)
-from mxd_lens.demo import models
-models.load_smollm2_bridge()
-models.load_smollm2_hooked(n_ctx=8)
+from mxd_lens.models.load import DEMO_MODEL, load_model
+load_model(DEMO_MODEL)
+load_model(DEMO_MODEL, "HookedTransformer")
 """
     offline = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
     env = {name: value for name, value in os.environ.items() if name not in offline}
