@@ -27,9 +27,6 @@ DTYPES: dict[ModelDtype, torch.dtype] = {"float32": torch.float32, "bfloat16": t
 
 DEMO_MODEL = "demo:smollm2"
 
-DEMO_N_CTX = 512
-"""Tokens that it reads as a HookedTransformer."""
-
 
 def load_model(
     name: str,
@@ -58,8 +55,7 @@ def load_model(
             where = {"device_map": device} if device == "auto" else {"device": device}
             return SAETransformerBridge.boot_transformers(source, dtype=DTYPES[dtype], **where)
         if (Path(source) / "config.json").exists():
-            n_ctx = DEMO_N_CTX if name == DEMO_MODEL else None
-            return _load_hooked(Path(source), device, DTYPES[dtype], n_ctx)
+            return _load_hooked(Path(source), device, DTYPES[dtype])
         return HookedSAETransformer.from_pretrained_no_processing(
             source, device=device, dtype=DTYPES[dtype]
         )
@@ -67,15 +63,13 @@ def load_model(
         raise ValueError(f"cannot load the model {name!r}: {error}") from error
 
 
-def _load_hooked(
-    folder: Path, device: str, dtype: torch.dtype, n_ctx: int | None
-) -> HookedSAETransformer:
-    """The model in a folder, of n_ctx tokens or as many as it has positions; ValueError if
-    TransformerLens cannot convert it, or its logits are others than transformers'."""
+def _load_hooked(folder: Path, device: str, dtype: torch.dtype) -> HookedSAETransformer:
+    """The model in a folder; ValueError if TransformerLens cannot convert it, or its logits are
+    others than transformers'."""
     original: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     try:
-        model = _converted(original, tokenizer, n_ctx)
+        model = _converted(original, tokenizer)
     except Exception as error:  # TransformerLens raises many kinds for what it does not know
         why = f"TransformerLens cannot convert it ({' '.join(str(error).split())[:200]})"
         raise ValueError(f"{why}: load it as a TransformerBridge") from error
@@ -85,7 +79,7 @@ def _load_hooked(
     return model.to(device, print_details=False)
 
 
-def _converted(original: Any, tokenizer: Any, n_ctx: int | None) -> HookedSAETransformer:
+def _converted(original: Any, tokenizer: Any) -> HookedSAETransformer:
     """The same in float32 on the CPU, nothing folded or centred."""
     config = original.config
     if config.model_type == "gpt2":
@@ -94,7 +88,7 @@ def _converted(original: Any, tokenizer: Any, n_ctx: int | None) -> HookedSAETra
     with TemporaryDirectory() as folder:
         config.save_pretrained(folder)
         cfg = get_pretrained_model_config(
-            folder, hf_cfg=config.to_dict(), device="cpu", dtype=torch.float32, n_ctx=n_ctx
+            folder, hf_cfg=config.to_dict(), device="cpu", dtype=torch.float32
         )
         weights = get_pretrained_state_dict(folder, cfg, original)
     window = getattr(config, "sliding_window", None)

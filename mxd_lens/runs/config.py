@@ -335,7 +335,7 @@ class ManyConfig(RunConfig, Recipe, Measuring):
         return self.activations
 
 
-_SAID_OTHERWISE = {"d_in", "d_out", "d_sae", "k", "device", "metadata"}
+_SAID_OTHERWISE = {"d_in", "d_out", "d_sae", "k", "device", "metadata", "write_directions"}
 """Fields of SAELens' training configurations that follow from the model or the run's own."""
 
 

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from mxd_lens.runs.config import TrainConfig
+from tests.conftest import TINY_RUN
 from tests.helpers import (
     INFERENCE,
     KINDS,
@@ -462,3 +464,32 @@ class TestTraining:
         assert counts.sum() > 80 * 128
         assert torch.equal(trainer.act_freq_scores, counts)
         assert trainer.n_frac_active_samples == 80 * 128
+
+
+class TestWriteDirections:
+    @pytest.mark.parametrize("kind", ["training_mxd", "training_batchtopk_mxd"])
+    def test_are_kept_of_the_auxiliary_decoder_beside_the_output(self, kind, tmp_path):
+        layer = make_layer(kind, 0.3)
+        layer.save_inference_model(tmp_path)
+        loaded = SAE.load_from_disk(tmp_path)
+        assert loaded.cfg.write_directions and "W_write" not in dict(loaded.named_parameters())
+        close(loaded.W_write, layer.W_aux)
+        x, units = torch.randn(9, 5).double(), torch.tensor([7, 2])
+        close(loaded.steering_directions(units, x), layer.W_aux[units])
+        close(layer.steering_directions(units, x), layer.W_aux[units])
+        before = loaded(x)
+        loaded.W_write.zero_()
+        close(loaded(x), before)
+
+    def test_without_an_auxiliary_loss_there_are_none(self):
+        layer = make_layer("training_mxd", 0.3, aux_loss_coefficient=0.0)
+        assert not hasattr(layer, "W_aux") and not hasattr(layer.to_inference(), "W_write")
+        assert list(training_step(layer, *pair()).losses) == ["mse_loss"]
+
+    def test_are_none_of_the_users_options(self):
+        with pytest.raises(ValueError, match="sae_options must be an object with fields"):
+            TrainConfig(**TINY_RUN | {"output": "x", "sae_options": '{"write_directions": true}'})
+
+
+def pair():
+    return torch.randn(9, 5).double(), torch.randn(9, 4).double()
