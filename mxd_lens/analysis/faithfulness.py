@@ -122,7 +122,7 @@ def _measure_layer(
     """The layer against its target, and its firing: measurements, mean sparse term, density."""
     sae = layer.sae
     d_out = heldout.pairs[0][site.hook_out].shape[-1]
-    zeros: dict[str, Any] = {"dtype": torch.float64, "device": sae.device}
+    zeros: dict[str, Any] = {"dtype": torch.float64}  # on the CPU: not every device has it
     fired = torch.zeros(sae.cfg.d_sae, **zeros)
     total, total_square = torch.zeros(d_out, **zeros), torch.zeros(d_out, **zeros)
     squared_error = torch.zeros((), **zeros)
@@ -132,16 +132,16 @@ def _measure_layer(
         x, y = (pair[hook] for hook in site.hooks)
         if layer.has_experts:
             y_hat, codes, sparse = layer.run_with_codes(x)
-            fired += codes.firings()[1].bincount(minlength=len(fired))
-            sparse_sum += sparse.double().sum(0)
-            direction_sum += F.normalize(sparse, dim=-1).double().sum(0)
+            fired += codes.firings()[1].bincount(minlength=len(fired)).cpu()
+            sparse_sum += sparse.sum(0).cpu()
+            direction_sum += F.normalize(sparse, dim=-1).sum(0).cpu()
         else:
             y_hat = sae(x)
         error = (y_hat - y).square().sum(-1)
         nmse.append(error / y.square().sum(-1))
-        squared_error += error.double().sum()
-        total += y.double().sum(0)
-        total_square += y.double().square().sum(0)
+        squared_error += error.sum().cpu()
+        total += y.cpu().double().sum(0)
+        total_square += y.cpu().double().square().sum(0)
     per_token = torch.cat(nmse)
     n = len(per_token)
     variance = (total_square - total.square() / n).sum()
@@ -161,4 +161,4 @@ def _measure_layer(
         "always_on": int((density > 0.5).sum()),
         "experts_cosine": (direction_sum @ mean_sparse / n / mean_sparse.norm()).item(),
     }
-    return measured, mean_sparse.to(sae.dtype), density.float().cpu()
+    return measured, mean_sparse.to(sae.dtype).to(sae.device), density.float()

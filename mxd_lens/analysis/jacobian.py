@@ -74,7 +74,7 @@ def _inner_products(
     """Of the Jacobians, as vectors, of each two of these functions of a token."""
     x = x.clone().requires_grad_()
     outputs = [function(x) for function in functions]
-    sums = torch.zeros(len(outputs), len(outputs), len(x), dtype=torch.float64, device=x.device)
+    sums = torch.zeros(len(outputs), len(outputs), len(x), dtype=torch.float64)
     for i in tqdm(range(outputs[0].shape[-1]), desc="Jacobians"):
         rows = []
         for y in outputs:
@@ -82,7 +82,7 @@ def _inner_products(
             if y.requires_grad:
                 (row,) = torch.autograd.grad(y[:, i].sum(), x, retain_graph=True, allow_unused=True)
             rows.append(torch.zeros_like(x) if row is None else row)
-        of_row = torch.stack(rows).double()
+        of_row = torch.stack(rows).cpu().double()
         sums += torch.einsum("ftd,gtd->fgt", of_row, of_row)
     return sums
 
