@@ -153,6 +153,69 @@ def text_activations(
     return TextActivations(at, text, len(texts))
 
 
+def word_activations(
+    site: Site,
+    texts: Sequence[str],
+    ends: Sequence[int],
+    *,
+    context_size: int = 128,
+    lm_batch_size: int = 32,
+    autocast: bool = False,
+) -> tuple[TextActivations, list[int]]:
+    """Of words in texts, as `text_activations` of texts: those of the last token of each, which has
+    read the whole word.
+
+    Args:
+        texts: of each word, the text it is in; each text is read once.
+        ends: of each word, the number of its text's characters up to its end.
+
+    Returns:
+        The activations, each token a text of its own, and the words they are of, in order: those
+        whose end is among the first context_size tokens.
+
+    Raises:
+        ValueError: as `text_activations` does, or the tokenizer does not tell where tokens are.
+    """
+    different = list(dict.fromkeys(texts))
+    reading = {"context_size": context_size, "lm_batch_size": lm_batch_size, "autocast": autocast}
+    read = text_activations(site, different, **reading)
+    counts = read.text.bincount(minlength=len(different))
+    starts = dict(zip(different, (counts.cumsum(0) - counts).tolist(), strict=True))
+    rank_at = {text: _ranks(site, text, context_size) for text in different}
+    words, rows = [], []
+    for word, (text, end) in enumerate(zip(texts, ends, strict=True)):
+        rank = rank_at[text].get(end - 1)
+        if rank is not None:
+            words.append(word)
+            rows.append(starts[text] + rank)
+    at = {hook: of_hook[rows] for hook, of_hook in read.at.items()}
+    return TextActivations(at, torch.arange(len(rows)), len(rows)), words
+
+
+def _ranks(site: Site, text: str, context_size: int) -> dict[int, int]:
+    """Of each character of a text, how many non-special tokens come before the one it is in."""
+    tokens = tokenize(site.model, text, context_size)
+    try:
+        encoded = site.model.tokenizer(
+            text, return_offsets_mapping=True, add_special_tokens=False, verbose=False
+        )
+    except NotImplementedError as error:
+        raise ValueError(
+            "words are found by the tokenizer's offsets, which only fast tokenizers have"
+        ) from error
+    kept, ids = site.non_special(tokens), encoded["input_ids"]
+    first = int(tokens[:1].tolist() != ids[:1])  # BOS comes before it
+    if tokens[first:].tolist() != ids[: len(tokens) - first]:
+        raise ValueError(f"the tokenizer reads a text in two ways: {text[:80]!r}")
+    before = (kept.cumsum(0) - 1).tolist()
+    return {
+        character: before[first + n]
+        for n, (start, end) in enumerate(encoded["offset_mapping"][: len(tokens) - first])
+        if kept[first + n]
+        for character in range(start, end)
+    }
+
+
 def tokenize(model: Any, text: str, context_size: int) -> Int[Tensor, "pos"]:
     """BOS and the text after it, cut to context_size tokens; on the CPU."""
     return model.to_tokens(text, prepend_bos=True, move_to_device=False)[0, :context_size]

@@ -27,7 +27,15 @@ from torch import Tensor
 
 from mxd_lens.analysis.embedding import embed
 from mxd_lens.analysis.experts.report import inspect_experts
-from mxd_lens.analysis.probing import SCORES, Features, pool_layer, pool_neurons, probe, summarise
+from mxd_lens.analysis.probing import (
+    SCORES,
+    Features,
+    labelled_activations,
+    pool_layer,
+    pool_neurons,
+    probe,
+    summarise,
+)
 from mxd_lens.analysis.steering import (
     calibrate_strength,
     evaluate_steering,
@@ -35,7 +43,7 @@ from mxd_lens.analysis.steering import (
     steering_directions,
 )
 from mxd_lens.data.labelled import DEMO_LABELLED, load_labelled
-from mxd_lens.data.reading import read_heldout, text_activations
+from mxd_lens.data.reading import read_heldout
 from mxd_lens.data.text import Text, read
 from mxd_lens.fields import Count, EachOnce, Finite, Index, Name, PathStr, config
 from mxd_lens.files import locked
@@ -131,11 +139,12 @@ class ProbeConfig(AnalysisConfig, TextFormat):
     """
 
     data: EachOnce[PathStr] = field(default_factory=lambda: list(DEMO_LABELLED))
-    """Labelled text: these, a hub data set (name or name:config), or a local file."""
+    """Labelled text, or lists of labelled words: these, a hub data set (name or name:config), or a
+    local file."""
     label_column: Name = "label"
     """Column of the data set that holds the class."""
     n_texts: Count = 1200
-    """Texts of each, equally many of every class."""
+    """Texts, or words, of each; equally many of every class."""
     n_splits: Count = 5
     """Random halves to train and test on, seeded 0, 1, 2, ..."""
 
@@ -164,13 +173,13 @@ def run_probe(cfg: ProbeConfig) -> list[Path]:
         for data, texts in labelled.items():
             some = missing[data][0][0]
             site = site or _load_site(some)
-            activations = text_activations(site, texts["text"], **some.reading_texts)
-            probed = partial(_probed, labels=texts["label"], n_splits=cfg.n_splits)
+            activations, labels = labelled_activations(site, texts, **some.reading_texts)
+            probed = partial(_probed, labels=labels, n_splits=cfg.n_splits)
             print(f"\n{data}: the MLP's neurons", flush=True)
             neurons = pool_neurons(site, activations)
             baselines = probed((data, "majority", None, None), neurons, n_features=[0])
             baselines += probed((data, "neurons", None, None), neurons)
-            about = results.ProbedData(asked=asked[data], classes=sorted(set(texts["label"])))
+            about = results.ProbedData(asked=asked[data], classes=sorted(set(labels)))
             for run, file in missing[data]:
                 print(f"\n{data}: {run}", flush=True)
                 sae = load_layer(run.layer_path, run.device)

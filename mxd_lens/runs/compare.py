@@ -21,9 +21,9 @@ from sae_lens.saes.sae import SAE
 
 from mxd_lens.analysis.faithfulness import evaluate
 from mxd_lens.analysis.intervals import worth
-from mxd_lens.analysis.probing import pool_layer, probe, summarise
+from mxd_lens.analysis.probing import labelled_activations, pool_layer, probe, summarise
 from mxd_lens.data.labelled import load_labelled
-from mxd_lens.data.reading import Heldout, TextActivations, read_heldout, text_activations
+from mxd_lens.data.reading import Heldout, TextActivations, read_heldout
 from mxd_lens.data.text import Text
 from mxd_lens.fields import Count, EachOnce, Name, PathStr, config
 from mxd_lens.files import Busy, claim, locked
@@ -205,8 +205,8 @@ class Bench:
         )
         self.activations = None
         if self.labelled:
-            texts = self.labelled["text"]
-            self.activations = text_activations(site, texts, **cfg.reading_texts)
+            read = labelled_activations(site, self.labelled, **cfg.reading_texts)
+            self.activations, self.labels = read
         self.layer = layer
 
     def row(self, run: TrainConfig) -> dict[str, Any]:
@@ -215,7 +215,7 @@ class Bench:
         sae = load_layer(run.layer_path, run.device)
         row = measure(sae, run, self.heldout, f"{run.dataset} (held out)")
         if self.labelled and self.activations and layer_of(sae).has_experts:
-            row |= probe_scores(sae, self.activations, self.labelled["label"])
+            row |= probe_scores(sae, self.activations, self.labels)
         return row | ({"probe": self.cfg.probe} if self.cfg.probe else {})
 
 

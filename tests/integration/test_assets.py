@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import keyword
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from mxd_lens.data.labelled import load_labelled
 from mxd_lens.demo import corpora, models, wheels
 from mxd_lens.models.load import DEMO_MODEL, load_model
 
@@ -121,6 +123,21 @@ def test_wikipedia_languages():
     assert min(map(len, data["text"])) >= 200
     for i, article in enumerate((" the ", " la ", " el ")):
         assert sum(article in text for text in data["text"][1000 * i : 1000 * (i + 1)]) > 700
+
+
+def test_python_words():
+    data = load_labelled("demo:python", n_texts=500)
+    assert sorted(set(data["label"])) == ["keyword", "name", "number", "operator", "string"]
+    for text, end, label in zip(data["text"], data["end"], data["label"], strict=True):
+        ast.parse(text)
+        last = text[:end].split()[-1]
+        if label == "keyword":
+            assert any(last.endswith(word) for word in keyword.kwlist)
+        elif label == "name":
+            assert last[-1].isidentifier() or last[-1].isdigit()
+        elif label == "string":
+            assert last[-1] in "'\""
+        assert label != "number" or last[-1] in "0123456789abcdefABCDEFjJ"
 
 
 def test_code_and_prose():
