@@ -24,11 +24,24 @@ from mxd_lens.files import locked
 from mxd_lens.models.load import bfloat16_is_fast
 from mxd_lens.models.site import Site
 from mxd_lens.ranks import Ranks, leave, lost_rank, take_device
-from mxd_lens.report.page import agreement_of, write_comparison_page, write_report, write_run_page
-from mxd_lens.report.tables import comparison_table, table
+from mxd_lens.report.page import (
+    agreement_of,
+    write_comparison_page,
+    write_joint_page,
+    write_report,
+    write_run_page,
+)
+from mxd_lens.report.tables import comparison_table, markdown, table
+from mxd_lens.report.tables import joint as joint_table
 from mxd_lens.runs import analyse
 from mxd_lens.runs.claims import check_sources, claim_folder
-from mxd_lens.runs.compare import CompareConfig, compare, measure_again, results_stem
+from mxd_lens.runs.compare import (
+    CompareConfig,
+    compare,
+    measure_again,
+    measure_together,
+    results_stem,
+)
 from mxd_lens.runs.config import (
     COMPARISON_FILENAME,
     ManyConfig,
@@ -37,7 +50,7 @@ from mxd_lens.runs.config import (
     TrainConfig,
     finished_runs,
 )
-from mxd_lens.runs.results import Experts, Row, load_layer, plain, read, read_rows, write
+from mxd_lens.runs.results import Experts, Joint, Row, load_layer, plain, read, read_rows, write
 from mxd_lens.runs.train import check_layer, train
 
 CONFIGS = Path(__file__).parent / "runs" / "configs"
@@ -53,6 +66,8 @@ class EvaluateConfig(OtherText, Measuring):
 
     run: PathStr = argument(positional=True, metavar="RUN")
     """Output folder of `mxd-lens train`, or of `mxd-lens compare`: all of its layers."""
+    joint: bool = False
+    """Put layers of different MLPs in place at once: 1, 2, 4, ... and all."""
 
 
 @config
@@ -129,7 +144,13 @@ def run_train(cfg: ManyConfig) -> None:
 
 def run_evaluate(cfg: EvaluateConfig) -> None:
     folder = Path(cfg.run)
-    if (folder / RUNNER_CFG_FILENAME).exists():
+    if cfg.joint:
+        path = measure_together(folder, cfg, cfg.n_sequences)
+        write_joint_page(path)
+        joint = read(path, Joint)
+        print(markdown(*joint_table(plain(joint)["rows"])))
+        print(f"\n{path}  {path.with_suffix('.html')}")
+    elif (folder / RUNNER_CFG_FILENAME).exists():
         (run,) = finished_runs(folder)
         run_evaluation(run, cfg, cfg.n_sequences)
     else:

@@ -93,26 +93,10 @@ class InModel:
 
         def ce(logits: Tensor) -> PerToken:
             self._progress.update()
-            targets = tokens[:, 1:].to(logits.device)
-            losses = [
-                F.cross_entropy(of_text[:-1].float(), target, reduction="none").cpu()
-                for of_text, target in zip(logits, targets, strict=True)
-            ]
-            return torch.stack(losses) * predicted
+            return cross_entropies(logits, tokens) * predicted
 
         def kl(logits: Tensor) -> PerToken:
-            losses = [
-                F.kl_div(
-                    q[:-1].float().log_softmax(-1),
-                    p[:-1].float().log_softmax(-1),
-                    reduction="none",
-                    log_target=True,
-                )
-                .sum(-1)
-                .cpu()
-                for p, q in zip(original, logits, strict=True)
-            ]
-            return torch.stack(losses) * predicted
+            return divergences(original, logits) * predicted
 
         original, cache = model.run_with_cache(
             tokens, names_filter=[*site.hooks, site.mlp_in], prepend_bos=False
@@ -227,3 +211,25 @@ class InModel:
                     }
                 )
         return bins
+
+
+def cross_entropies(
+    logits: Float[Tensor, "batch pos d_vocab"], tokens: Int[Tensor, "batch pos"]
+) -> Float[Tensor, "batch pos_before"]:
+    """Of each token but a text's first, in nats, in float32; on the CPU."""
+    losses = [
+        F.cross_entropy(of_text[:-1].float(), target.to(logits.device), reduction="none").cpu()
+        for of_text, target in zip(logits, tokens[:, 1:], strict=True)
+    ]
+    return torch.stack(losses)
+
+
+def divergences(
+    original: Float[Tensor, "batch pos d_vocab"], logits: Float[Tensor, "batch pos d_vocab"]
+) -> Float[Tensor, "batch pos_before"]:
+    """KL of the original's prediction of each such token to another's, likewise."""
+    losses = []
+    for p, q in zip(original, logits, strict=True):
+        p, q = (of_text[:-1].float().log_softmax(-1) for of_text in (p, q))
+        losses.append(F.kl_div(q, p, reduction="none", log_target=True).sum(-1).cpu())
+    return torch.stack(losses)

@@ -24,7 +24,7 @@ from mxd_lens.files import write_text
 from mxd_lens.report import figures, tables
 from mxd_lens.report.tables import Table, layer_label, method_label
 from mxd_lens.runs.config import COMPARISON_FILENAME
-from mxd_lens.runs.results import Experts, Probes, Row, Steering, plain, read, read_rows
+from mxd_lens.runs.results import Experts, Joint, Probes, Row, Steering, plain, read, read_rows
 
 
 def write_comparison_page(results: Path) -> None:
@@ -56,6 +56,23 @@ def write_comparison_page(results: Path) -> None:
         described=described,
         experts=experts,
         data=experts and _browsed(experts, []),
+    )
+
+
+def write_joint_page(results: Path) -> None:
+    """Layers in place at once: figures and a table, beside ``joint.json``; ValueError if that is
+    none of ours."""
+    rows = _read(results, Joint)["rows"]
+    drawn = figures.together(rows)
+    _write(
+        results.with_suffix(".html"),
+        "joint.html",
+        rows[0],
+        title="Layers in place at once",
+        where="many MLPs",
+        figures=drawn,
+        numbers=tables.joint(rows),
+        data=None,
     )
 
 
@@ -123,11 +140,19 @@ def agreement_of(experts: dict[str, Any]) -> str:
 
 def _write(path: Path, template: str, row: dict[str, Any], **parts: Any) -> None:
     """Render a template: a page about one layer, unless it says ``everything`` of several."""
-    where = f"the MLP at {row['hook_name_out']}"
-    shared = {"row": row, "where": where, "title": layer_label(row), "plotly": get_plotlyjs()}
-    numbers = {"numbers": tables.summary(row), "everything": tables.everything([row])}
-    numbers["by_token"] = tables.by_token(row)
-    write_text(path, _PAGES.get_template(template).render(shared | numbers | parts))
+    shared = {"row": row, "plotly": get_plotlyjs()}
+    of_one = {} if "numbers" in parts else _of_one_layer(row)
+    write_text(path, _PAGES.get_template(template).render(shared | of_one | parts))
+
+
+def _of_one_layer(row: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "where": f"the MLP at {row['hook_name_out']}",
+        "title": layer_label(row),
+        "numbers": tables.summary(row),
+        "everything": tables.everything([row]),
+        "by_token": tables.by_token(row),
+    }
 
 
 def _plot(figure: go.Figure) -> go.Figure:

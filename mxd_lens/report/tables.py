@@ -112,10 +112,27 @@ def decisive(rows: list[dict[str, Any]]) -> Table:
     return list(columns), [list(line) for line in zip(*columns.values(), strict=True)]
 
 
+def joint(rows: list[dict[str, Any]]) -> Table:
+    """What layers in place at once lose, a number of layers a line."""
+    head = ["layers", "MLPs", "CE increase", "95% of", "KL"]
+    lines = []
+    for row in rows:
+        for of_n in row["replaced"]:
+            interval = of_n["ce_increase_interval"]
+            said = f"{interval[0]:.4f} to {interval[1]:.4f}" if interval else NONE
+            numbers = [f"{of_n['ce_increase']:.4f}", said, f"{of_n['kl']:.4f}"]
+            lines.append([layer_label(row), f"{len(of_n['layers'])}", *numbers])
+    return head, lines
+
+
+def markdown(head: list[str], lines: list[list[str]]) -> str:
+    """A table as Markdown."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *lines])
+
+
 def comparison_table(rows: list[dict[str, Any]]) -> str:
     """The numbers that decide, a layer a line, as Markdown."""
-    head, lines = decisive(rows)
-    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *lines])
+    return markdown(*decisive(rows))
 
 
 def questions(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:

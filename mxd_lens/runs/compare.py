@@ -21,6 +21,7 @@ from sae_lens.saes.sae import SAE
 
 from mxd_lens.analysis.faithfulness import evaluate
 from mxd_lens.analysis.intervals import worth
+from mxd_lens.analysis.joint import evaluate_jointly
 from mxd_lens.analysis.probing import labelled_activations, pool_layer, probe, summarise
 from mxd_lens.data.labelled import load_labelled
 from mxd_lens.data.reading import Heldout, TextActivations, read_heldout
@@ -45,6 +46,8 @@ from mxd_lens.runs.config import (
 )
 from mxd_lens.runs.results import (
     Comparison,
+    Joint,
+    JointRow,
     Parts,
     ResultsFile,
     Row,
@@ -275,6 +278,38 @@ def measure_again(folder: Path, text: OtherText, n_sequences: int = 64) -> Path:
             rows.append(Row(**measure(sae, run, heldout, text.dataset)))
     with locked(folder):
         return write_rows(folder, rows, results_stem(text.dataset))
+
+
+def measure_together(folder: Path, text: OtherText, n_sequences: int = 64) -> Path:
+    """Measure the layers of a comparison all in place at once, those of each architecture, k and
+    seed: ``joint.json``, this path; ValueError if there are none, or none of several MLPs."""
+    runs = finished_runs(folder, one_mlp=False)
+    groups: dict[tuple[Any, ...], list[TrainConfig]] = {}
+    for run in runs:
+        groups.setdefault((run.architecture, run.identity["k"], run.seed), []).append(run)
+    groups = {who: of_group for who, of_group in groups.items() if len(of_group) > 1}
+    if not groups:
+        raise ValueError(
+            f"{folder} holds no two layers of different MLPs and the same architecture, k and seed"
+        )
+    cfg = runs[0]
+    own = cfg.load() if text.dataset is None else None
+    documents = text.load() if own is None else cfg.documents(own)[1]
+    model = cfg.load_model()
+    check_sources(runs, model, own)
+    site = Site.at(model, cfg.layer)
+    options = {"n_sequences": n_sequences, "n_tokens": n_sequences * cfg.context_size}
+    tokens = read_heldout(site, documents, **options, **cfg.reading_heldout).in_model
+    rows = []
+    for (architecture, k, seed), of_group in groups.items():
+        layers = {run.layer: load_layer(run.layer_path, run.device) for run in of_group}
+        who = {"architecture": architecture, "k": k, "seed": seed, "model_name": cfg.model}
+        about = who | {"dataset": text.dataset or f"{cfg.dataset} (held out)"}
+        rows.append(JointRow(**about | evaluate_jointly(model, layers, tokens)))
+    path = folder / f"{results_stem(text.dataset).replace('results', 'joint', 1)}.json"
+    with locked(folder):
+        write(path, Joint(rows=rows), indent=2)
+    return path
 
 
 def results_stem(dataset: str | None) -> str:

@@ -124,6 +124,39 @@ class Comparison:
 
 
 @result
+class Replaced:
+    """So many layers in place of their MLPs at once, see `evaluate_jointly`."""
+
+    layers: list[int]
+    ce_increase: float
+    ce_increase_interval: Interval | None
+    kl: float
+    kl_interval: Interval | None
+
+
+@result
+class JointRow:
+    """Layers of one architecture, k and seed, put in place together, see `evaluate_jointly`."""
+
+    architecture: str
+    k: Number | None
+    seed: int
+    model_name: str
+    dataset: str
+    ce_original: float
+    ce_tokens: int
+    replaced: Annotated[list[Replaced], Field(min_length=1)]
+    error: list[float]
+
+
+@result
+class Joint:
+    """joint.json of a comparison of several MLPs."""
+
+    rows: Annotated[list[JointRow], Field(min_length=1)]
+
+
+@result
 class ProbeMeans:
     """Mean scores, over classes and splits, of probes on ``n_features`` features (None: all) of
     the layer that ``architecture``, ``k`` and ``run_seed`` name, of the MLP's ``neurons``, or of
