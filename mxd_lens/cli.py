@@ -20,7 +20,7 @@ from mxd_lens.analysis.faithfulness import evaluate
 from mxd_lens.data.reading import check_heldout
 from mxd_lens.demo.wheels import AssetError
 from mxd_lens.fields import PathStr, config
-from mxd_lens.files import locked
+from mxd_lens.files import locked, read_json
 from mxd_lens.models.load import bfloat16_is_fast
 from mxd_lens.models.site import Site
 from mxd_lens.ranks import Ranks, leave, lost_rank, take_device
@@ -50,6 +50,7 @@ from mxd_lens.runs.config import (
     TrainConfig,
     finished_runs,
 )
+from mxd_lens.runs.finetune import FinetuneConfig, run_finetune
 from mxd_lens.runs.results import Experts, Joint, Row, load_layer, plain, read, read_rows, write
 from mxd_lens.runs.train import check_layer, train
 
@@ -159,6 +160,16 @@ def run_evaluate(cfg: EvaluateConfig) -> None:
         print(comparison_table(read_rows(path)))
 
 
+def show_finetuning(cfg: FinetuneConfig) -> None:
+    path = run_finetune(cfg)
+    written = read_json(path, dict[str, Any]) or {}
+    for when in ("before", "after"):
+        all_of_them = written[when]["replaced"][-1]
+        n, lost, kl = (len(all_of_them["layers"]), all_of_them["ce_increase"], all_of_them["kl"])
+        print(f"{n} layers in place {when}: CE increase {lost:.4f}, KL {kl:.4f} nats per token")
+    print(f"\n{path}")
+
+
 def show_probes(cfg: analyse.ProbeConfig) -> None:
     paths = analyse.run_probe(cfg)
     print(f"\n{analyse.probe_table(paths)}\n")
@@ -214,6 +225,7 @@ COMMANDS = {
     "train": (ManyConfig, run_train),
     "compare": (CompareConfig, run_compare),
     "evaluate": (EvaluateConfig, run_evaluate),
+    "finetune": (FinetuneConfig, show_finetuning),
     "probe": (analyse.ProbeConfig, show_probes),
     "experts": (analyse.ExpertsConfig, show_experts),
     "steer": (analyse.SteerConfig, show_steering),

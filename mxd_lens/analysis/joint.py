@@ -32,7 +32,7 @@ def sites_of(model: Any, layers: Mapping[int, SAE[Any]]) -> dict[int, Site]:
     return sites
 
 
-def _hooks(site: Site, sae: SAE[Any], kept: Bool[Tensor, "batch pos"]) -> Iterator[Hook]:
+def hooks_in_place(site: Site, sae: SAE[Any], kept: Bool[Tensor, "batch pos"]) -> Iterator[Hook]:
     """Of a pass of the model with the layer in place of its MLP at these tokens."""
     read: dict[str, Tensor] = {}
 
@@ -91,7 +91,7 @@ def evaluate_jointly(
             progress.update()
             found = {"tokens": predicted, "original": cross_entropies(original, batch)}
             for n, subset in enumerate(subsets):
-                hooks = [hook for i in subset for hook in _hooks(sites[i], layers[i], kept)]
+                hooks = [hook for i in subset for hook in hooks_in_place(sites[i], layers[i], kept)]
                 if n + 1 == len(subsets):
                     hooks += [
                         (name, _distance(cache[name], kept, errors[block : block + 1]))

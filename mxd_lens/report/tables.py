@@ -13,7 +13,7 @@ COLUMNS = {
     "k": "{k:g}",
     "seed": "{seed}",
     "CE increase": "{ce_increase:.4f}",
-    "95% of": "{ce_increase_interval[0]:.4f} to {ce_increase_interval[1]:.4f}",
+    "95% interval": "{ce_increase_interval[0]:.4f} to {ce_increase_interval[1]:.4f}",
     "worth": "{worth:+.4f}",
     "share": "{share:.0%}",
     "shuffled": "{shuffled:.0%}",
@@ -114,7 +114,7 @@ def decisive(rows: list[dict[str, Any]]) -> Table:
 
 def joint(rows: list[dict[str, Any]]) -> Table:
     """What layers in place at once lose, a number of layers a line."""
-    head = ["layers", "MLPs", "CE increase", "95% of", "KL"]
+    head = ["layers", "MLPs", "CE increase", "95% interval", "KL"]
     lines = []
     for row in rows:
         for of_n in row["replaced"]:

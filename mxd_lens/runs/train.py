@@ -212,9 +212,9 @@ def _train_together(
         _trainer_config(cfg), trainers, parts_of, _until(stop, source, ranks), first
     )
     try:
-        with _stopping(stop), closing(source) if ahead else nullcontext():
+        with stopping(stop), closing(source) if ahead else nullcontext():
             lockstep.fit()
-    except (_Stopped, NonFiniteActivations):
+    except (Stopped, NonFiniteActivations):
         lockstep.save_checkpoint(str(lockstep.n_training_samples))
         raise
     finished = {run.output: _save(run, trainers[run.output]) for run, *_ in mine}
@@ -368,7 +368,7 @@ def _checkpoints(cfg: TrainConfig) -> Path:
     return Path(cfg.output) / "checkpoints"
 
 
-class _Stopped(Interrupted):
+class Stopped(Interrupted):
     """Between two steps, where the state is whole."""
 
 
@@ -376,12 +376,12 @@ def _until(stop: list[int], batches: Iterator[Any], ranks: Ranks) -> Iterator[An
     """The batches, until a signal has come to any rank."""
     for batch in batches:
         if number := ranks.largest(stop[0] if stop else 0):
-            raise _Stopped("training interrupted; run the same command again to resume", number)
+            raise Stopped("training interrupted; run the same command again to resume", number)
         yield batch
 
 
 @contextmanager
-def _stopping(stop: list[int]) -> Iterator[None]:
+def stopping(stop: list[int]) -> Iterator[None]:
     """The first SIGINT or SIGTERM ends the step in progress, a second one everything at once."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 

@@ -69,6 +69,11 @@ def test_layers_of_several_mlps_are_put_in_place_at_once(run, tmp_path):
         for of_n in row.replaced:
             assert f"{of_n.ce_increase:.4f} |" in printed
             assert f"<td>{of_n.ce_increase:.4f}</td>" in page
+
+    tuned, sizes = tmp_path / "tuned", "--architecture mxd --training_tokens 64 --lm_batch_size 4"
+    printed = run("finetune", str(folder), "--output", str(tuned), *sizes.split())
+    assert "3 layers in place before: CE increase" in printed and "in place after: CE" in printed
+    assert "| MxD, k = 2 | 3 |" in run("evaluate", str(tuned), "--joint", "--n_sequences", "4")
     with pytest.raises(SystemExit, match="no two layers of different MLPs"):
         run("evaluate", str(folder / "layer1-mxd-k2-seed0"), "--joint")
 
@@ -103,4 +108,4 @@ def test_there_are_few_options():
             said = (action.help or "").partition(" (default")[0]
             options |= {(name, said) for name in action.option_strings if len(name) > 2}
     assert {"--model", "--strengths"} < {name for name, _ in options}
-    assert len(options) <= 55
+    assert len(options) <= 60

@@ -101,7 +101,7 @@ class TestReplace:
         same(tiny_bridge(tokens), expected)
 
     def test_which_layers_has_to_be_clear(self, folder, tiny_bridge):
-        with pytest.raises(ValueError, match=r"several layers for one MLP .*dense control.*say whi"):
+        with pytest.raises(ValueError, match=r"several layers for one MLP .*dense control.*say w"):
             replace(tiny_bridge, folder)
         with pytest.raises(ValueError, match=r"no layer of .*'k': 3.*it has layer 0: MxD"):
             replace(tiny_bridge, folder, k=3)
