@@ -63,6 +63,7 @@ ContextSize = Annotated[int, Field(ge=3, le=2**20)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Probability = Annotated[float, Field(gt=0, le=1)]
 Name = Annotated[str, Field(min_length=1)]
 PathStr = Annotated[str, Field(min_length=1), BeforeValidator(_as_string)]
 """A path, or a name: a ``pathlib.Path`` becomes a string."""

@@ -286,8 +286,8 @@ def _by_number(scores: pd.DataFrame) -> Table:
 
 def _steering(files: list[dict[str, Any]]) -> list[go.Figure]:
     """A figure of the runs that were steered alike, if any was."""
-    names = ("edit", "prompt", "n_samples", "n_tokens", "temperature", "seed")
-    alike = [file for file in files if all(file[name] == files[0][name] for name in names)]
+    made = [{n: v for n, v in file.items() if n not in ("unsteered", "rows")} for file in files]
+    alike = [file for file, how in zip(files, made, strict=True) if how == made[0]]
     frame = pd.DataFrame([row for file in alike for row in file["rows"]])
     if frame.empty:
         return []

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import field
+from dataclasses import field, fields
 from functools import partial
 from itertools import groupby, product
 from pathlib import Path
@@ -37,6 +37,7 @@ from mxd_lens.analysis.probing import (
     summarise,
 )
 from mxd_lens.analysis.steering import (
+    PAPER,
     calibrate_strength,
     evaluate_steering,
     generate_steered,
@@ -268,7 +269,7 @@ def run_experts(cfg: ExpertsConfig) -> list[Path]:
     """
     contexts = cfg.settings() | _of_local(cfg.dataset, cfg.dataset_split)
     effects = {"effect_strength": contexts.pop("effect_strength")}
-    sampled = ("sample_strength", "prompt", "temperature", "sample_tokens")
+    sampled = ("sample_strength", "prompt", "temperature", "top_p", "sample_tokens")
     samples = {name: contexts.pop(name) for name in sampled}
     asked: Parts = {"contexts": contexts}
     asked |= {"effects": effects} if cfg.effect_strength else {}
@@ -317,6 +318,9 @@ def run_experts(cfg: ExpertsConfig) -> list[Path]:
         return [file.path for _, file in files]
 
 
+_STRENGTHS = [0.5, 1.0, 2.0, 4.0]
+
+
 @config
 class SteerConfig(AnalysisConfig, Sampling):
     """Steer single experts while the model writes; score coherence and fluency.
@@ -328,13 +332,28 @@ class SteerConfig(AnalysisConfig, Sampling):
     """Units to steer; by default n_experts random ones that fire on over 1 in 100,000 tokens."""
     n_experts: Count = 20
     """How many, where none are named."""
-    strengths: EachOnce[Finite] = field(default_factory=lambda: [0.5, 1.0, 2.0, 4.0])
+    strengths: EachOnce[Finite] = field(default_factory=_STRENGTHS.copy)
     """Norms of the change at the MLP's output, in mean norms of that output."""
     n_samples: Annotated[int, Field(ge=2)] = 8
     """Samples of each unit at each strength."""
-    edit: Literal["direction", "activation"] = "direction"
+    edit: Literal["direction", "activation", "paper"] = "direction"
     """What is added for an MxD's expert: always what it writes where its gate is largest, or what
-    raising its activation writes at each token. The same for other layers."""
+    raising its activation writes at each token. The same for other layers. paper: all as in
+    arXiv 2505.21364, which sets prompt and sampling; strengths, 100 by default, are amounts."""
+
+    def __post_init__(self) -> None:
+        if self.edit != "paper":
+            return
+        theirs = {name: value for name, value in PAPER.items() if name != "paper"}
+        theirs["sample_tokens"] = theirs.pop("n_tokens")
+        defaults = {f.name: f.default for f in fields(type(self))}
+        for name, value in theirs.items():
+            asked = getattr(self, name)
+            if asked not in (defaults[name], value):
+                raise ValueError(f"edit=paper has {name}={value!r}, and this asks for {asked!r}")
+            setattr(self, name, value)
+        if self.strengths == _STRENGTHS:
+            self.strengths = [100.0]
 
 
 def run_steer(cfg: SteerConfig) -> list[Path]:
@@ -367,10 +386,13 @@ def run_steer(cfg: SteerConfig) -> list[Path]:
             print(f"\n{run}", flush=True)
             sae = load_layer(run.layer_path, run.device)
             site = site or _load_site(run)
-            x, y_norm = layer_sample(site.model, sae, run)
+            paper = cfg.edit == "paper"
+            x, y_norm = (None, None) if paper else layer_sample(site.model, sae, run)
             for strength, of_strength in groupby(missing, lambda part: part[1]):
                 units = [unit for unit, _ in of_strength]
-                written = cfg.edit == "direction"
+                directions = None
+                if x is not None and cfg.edit == "direction":
+                    directions = steering_directions(sae, units, x)
                 before = file.value and results.plain(file.value)
                 found = evaluate_steering(
                     site.model,
@@ -379,9 +401,10 @@ def run_steer(cfg: SteerConfig) -> list[Path]:
                     [strength],
                     x,
                     y_norm,
-                    directions=steering_directions(sae, units, x) if written else None,
+                    directions=directions,
                     done=before and before | {"rows": []},
                     name=run.architecture,
+                    paper=paper,
                     **sampling,
                 )
                 rows = [{"architecture": row.pop("name"), **row} for row in found["rows"]]

@@ -24,6 +24,7 @@ from mxd_lens.fields import (
     NotNegative,
     PathStr,
     Positive,
+    Probability,
     Seed,
     check,
     config,
@@ -83,13 +84,15 @@ class Sampling:
     """Tokens of a sample."""
     temperature: NotNegative = 1.0
     """Temperature of sampling; 0 takes the likeliest token."""
+    top_p: Probability | None = None
+    """Sample from the fewest tokens with more than this probability; by default from all."""
     seed: Seed = 0
     """Seed of all that is random."""
 
     @property
     def sampling(self) -> dict[str, Any]:
         """Arguments of `generate_steered`."""
-        own = values(self, ("prompt", "temperature", "seed"))
+        own = values(self, ("prompt", "temperature", "top_p", "seed"))
         return own | {"n_tokens": self.sample_tokens}
 
 

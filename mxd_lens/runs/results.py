@@ -259,7 +259,10 @@ class Experts:
     experts: list[Expert]
 
     def parts(self) -> Parts:
-        return {**self.asked}
+        made = {**self.asked}
+        if "samples" in made:
+            made["samples"] = {"top_p": None} | made["samples"]
+        return made
 
 
 @result
@@ -277,7 +280,10 @@ class SteeringRow:
 
 @result
 class Steering:
-    """steering.json, see `evaluate_steering`."""
+    """steering.json, see `evaluate_steering`.
+
+    Fields with a default are left out of the file where they have it.
+    """
 
     edit: str
     prompt: str
@@ -287,9 +293,10 @@ class Steering:
     seed: int
     unsteered: dict[str, float]
     rows: list[SteeringRow]
+    top_p: float | None = None
 
     def parts(self) -> Parts:
-        settings = plain(self)
+        settings = plain(self) | {"top_p": self.top_p}
         del settings["unsteered"], settings["rows"]
         return {"settings": settings} | {(row.expert, row.strength): {} for row in self.rows}
 

@@ -66,6 +66,7 @@ SAMPLING = {
     "prompt": st.sampled_from(["the cat", "", "</s>", "dog " * 40]),
     "sample_tokens": number,
     "temperature": real,
+    "top_p": real,
     "seed": number,
 }
 EVALUATE = SOURCE | {"n_sequences": number}
@@ -93,7 +94,7 @@ STEER = {
     "n_experts": st.integers(-1, 3).map(str),
     "strengths": st.lists(real, max_size=2),
     "n_samples": st.integers(-1, 3).map(str),
-    "edit": st.sampled_from(["direction", "activation", "x"]),
+    "edit": st.sampled_from(["direction", "activation", "paper", "x"]),
 }
 
 

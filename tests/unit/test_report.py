@@ -255,6 +255,16 @@ class TestWhatIsThere:
         figure = Page(write_report(run)).figure_with("perplexity")
         assert {trace["name"] for trace in figure["data"]} == {"MxD", "unsteered"}
 
+    def test_how_it_was_steered_is_said(self, whole, tmp_path):
+        assert "temperature 0.9, from “So”. Steered by the unit's direction." in whole.text
+        run = write_whole(tmp_path / "paper")
+        steering = steering_file() | {"edit": "paper", "top_p": 0.1}
+        write_json(run / "steering.json", {"version": VERSION} | steering)
+        page = Page(write_report(run))
+        assert "temperature 0.9 and top_p 0.1, from “So”. Steered as in arXiv" in page.text
+        names = {trace["name"] for trace in page.figure_with("perplexity")["data"]}
+        assert names == {"MxD", "unsteered"}  # the other run was steered otherwise
+
     def test_experts(self, whole):
         data = whole.data
         assert data["texts"] == TEXTS
