@@ -83,3 +83,10 @@ def test_there_are_few_options():
             options |= {(name, said) for name in action.option_strings if len(name) > 2}
     assert {"--model", "--strengths"} < {name for name, _ in options}
     assert len(options) <= 50
+
+
+def test_a_flag_is_switched_off_by_its_value():
+    def said(*arguments: str) -> bool:
+        return make_parser().parse_args(["compare", *arguments]).cfg.streaming
+
+    assert [said(), said("--streaming"), said("--streaming", "false")] == [False, True, False]
