@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import re
+import sys
 
 import pytest
 
@@ -83,6 +85,19 @@ def test_there_are_few_options():
             options |= {(name, said) for name in action.option_strings if len(name) > 2}
     assert {"--model", "--strengths"} < {name for name, _ in options}
     assert len(options) <= 50
+
+
+def test_workers_that_cannot_be_started_are_a_sentence(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    arguments = ["--output", str(tmp_path / "out"), "--workers", "2"]
+    with pytest.raises(SystemExit, match=re.escape("pip install 'mxd-lens[workers]'")):
+        run("compare", *arguments)
+    with pytest.raises(SystemExit, match="--executor slurm needs sbatch"):
+        run("compare", *arguments, "--executor", "slurm")
+    with pytest.raises(SystemExit, match="name one of --layers, or keep --activations"):
+        run("compare", *arguments, "--layers", "0", "1")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_flag_is_switched_off_by_its_value():
