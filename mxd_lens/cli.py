@@ -6,6 +6,8 @@ import os
 import signal
 import sys
 from contextlib import nullcontext, redirect_stdout
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from mxd_lens import startup
 from mxd_lens.analysis.faithfulness import evaluate
 from mxd_lens.data.reading import check_heldout
 from mxd_lens.demo.wheels import AssetError
-from mxd_lens.fields import PathStr, config
+from mxd_lens.fields import Count, Flag, PathStr, config
 from mxd_lens.files import locked, read_json
 from mxd_lens.models.load import bfloat16_is_fast
 from mxd_lens.models.site import Site
@@ -53,6 +55,7 @@ from mxd_lens.runs.config import (
 from mxd_lens.runs.finetune import FinetuneConfig, run_finetune
 from mxd_lens.runs.results import Experts, Joint, Row, load_layer, plain, read, read_rows, write
 from mxd_lens.runs.train import check_layer, train
+from mxd_lens.runs.workers import Where, run_workers
 
 CONFIGS = Path(__file__).parent / "runs" / "configs"
 """The paper's settings."""
@@ -67,8 +70,18 @@ class EvaluateConfig(OtherText, Measuring):
 
     run: PathStr = argument(positional=True, metavar="RUN")
     """Output folder of `mxd-lens train`, or of `mxd-lens compare`: all of its layers."""
-    joint: bool = False
+    joint: bool = argument(default=False, action=Flag)
     """Put layers of different MLPs in place at once: 1, 2, 4, ... and all."""
+
+
+@config
+class WorkersConfig(CompareConfig):
+    __doc__ = CompareConfig.__doc__
+
+    workers: Count = 1
+    """Processes that share out the layers of one MLP, or of kept activations."""
+    executor: Where = "local"
+    """Where they work: on this machine, or as jobs of Slurm."""
 
 
 @config
@@ -197,7 +210,36 @@ def run_report(cfg: analyse.AnalysisConfig) -> None:
 
 
 def run_compare(cfg: ManyConfig) -> None:
-    rows = compare(cfg, measured=write_comparison_page)
+    show_comparison(cfg, compare(cfg, measured=write_comparison_page))
+
+
+def compare_with_workers(cfg: WorkersConfig, arguments: list[str]) -> None:
+    """Compare in processes of their own, each of which reads the command's arguments where it is:
+    Slurm's machines may have GPUs that this one has not."""
+    if cfg.kept_activations is None:
+        raise ValueError(
+            "one process trains several MLPs' layers side by side, and leaves none to other "
+            "--workers: name one of --layers, or keep --activations in a folder"
+        )
+    if Ranks.here().world > 1:
+        raise ValueError("--workers are no ranks: start the command without torchrun")
+    rows = run_workers(
+        partial(work, [*arguments, "--workers", "1", "--executor", "local"]),
+        Path(cfg.output) / "workers",
+        cfg.workers,
+        cfg.executor,
+        own_gpu=cfg.device == "cuda" and cfg.llm_device is None,
+    )
+    show_comparison(cfg, rows)
+
+
+def work(arguments: list[str]) -> list[dict[str, Any]]:
+    """In a worker: the comparison's rows."""
+    disable_progress_bar()
+    return compare(make_parser().parse_args(arguments).cfg, measured=write_comparison_page)
+
+
+def show_comparison(cfg: ManyConfig, rows: list[dict[str, Any]]) -> None:
     print(f"\n{comparison_table(rows)}\n")
     print(f"{cfg.output}/results.json  {cfg.output}/results.html")
 
@@ -223,7 +265,7 @@ def run_demo(cfg: DemoConfig) -> None:
 COMMANDS = {
     "demo": (DemoConfig, run_demo),
     "train": (ManyConfig, run_train),
-    "compare": (CompareConfig, run_compare),
+    "compare": (WorkersConfig, run_compare),
     "evaluate": (EvaluateConfig, run_evaluate),
     "finetune": (FinetuneConfig, show_finetuning),
     "probe": (analyse.ProbeConfig, show_probes),
@@ -268,13 +310,17 @@ def main(arguments: list[str] | None = None) -> None:
     """Run a command; whatever the user can mend is one sentence and exit code 1."""
     disable_progress_bar()
     take_device()
+    arguments = sys.argv[1:] if arguments is None else arguments
     rank = int(os.environ.get("RANK", 0))
     silent = redirect_stdout(open(os.devnull, "w")) if rank else nullcontext()  # noqa: SIM115
     who = f"mxd-lens, rank {rank}" if rank else "mxd-lens"
     try:
         with startup.raise_on_signals(), silent:
             chosen = make_parser().parse_args(arguments)
-            COMMANDS[chosen.command][1](chosen.cfg)
+            run, cfg = COMMANDS[chosen.command][1], chosen.cfg
+            if isinstance(cfg, WorkersConfig) and (cfg.workers > 1 or cfg.executor == "slurm"):
+                run = partial(compare_with_workers, arguments=arguments)
+            run(cfg)
     except (ValueError, OSError, AssetError) as error:
         sys.exit(f"{who}: {' '.join(str(error).split())}")
     except RuntimeError as error:
@@ -290,4 +336,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    import_module("mxd_lens.cli").main()  # workers know what they do by its module's name

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 import torch
 from pydantic import AfterValidator, BeforeValidator
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME
+from simple_parsing import field as argument
 
 from mxd_lens.data.text import Text, load_text, split_documents
 from mxd_lens.fields import (
@@ -19,6 +20,7 @@ from mxd_lens.fields import (
     Count,
     Device,
     EachOnce,
+    Flag,
     Index,
     Name,
     NotNegative,
@@ -36,6 +38,8 @@ from mxd_lens.models.load import ModelClass, ModelDtype, load_model
 
 WHERE = {"output", "device", "llm_device"}
 """Fields that say where a run is and works, which decides nothing else."""
+
+_HAS_BFLOAT16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
 
 COMPARISON_FILENAME = "comparison.json"
 """Settings that all runs of a comparison share; marks its folder."""
@@ -58,7 +62,7 @@ class TextSource(TextFormat):
     dataset: PathStr
     """Hub data set (name or name:config), local .txt/.jsonl/.parquet/.csv, demo:wikipedia, or the
     folder of a saved data set; text, or tokens of SAELens' PretokenizeRunner."""
-    streaming: bool = False
+    streaming: bool = argument(default=False, action=Flag)
     """Stream the data set instead of downloading it whole."""
 
     def load(self) -> Text:
@@ -128,7 +132,7 @@ class RunConfig(TextSource):
     """How TransformerLens wraps the model."""
     dtype: ModelDtype = "float32"
     """Type of the language model's weights. Layers are float32, see autocast."""
-    autocast: bool = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    autocast: bool = argument(default=_HAS_BFLOAT16, action=Flag)
     """Run the language model and the layer in bfloat16 where that is safe."""
     device: Device = "cuda" if torch.cuda.is_available() else "cpu"
     """Device of the model and the layer."""

@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import re
+import sys
 
 import pytest
 
@@ -108,4 +110,24 @@ def test_there_are_few_options():
             said = (action.help or "").partition(" (default")[0]
             options |= {(name, said) for name in action.option_strings if len(name) > 2}
     assert {"--model", "--strengths"} < {name for name, _ in options}
-    assert len(options) <= 64
+    assert len(options) <= 62
+
+
+def test_workers_that_cannot_be_started_are_a_sentence(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    arguments = ["--output", str(tmp_path / "out"), "--workers", "2"]
+    with pytest.raises(SystemExit, match=re.escape("pip install 'mxd-lens[workers]'")):
+        run("compare", *arguments)
+    with pytest.raises(SystemExit, match="--executor slurm needs sbatch"):
+        run("compare", *arguments, "--executor", "slurm")
+    with pytest.raises(SystemExit, match="name one of --layers, or keep --activations"):
+        run("compare", *arguments, "--layers", "0", "1")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_flag_is_switched_off_by_its_value():
+    def said(*arguments: str) -> bool:
+        return make_parser().parse_args(["compare", *arguments]).cfg.streaming
+
+    assert [said(), said("--streaming"), said("--streaming", "false")] == [False, True, False]
