@@ -37,6 +37,8 @@ class Layer:
     splits_batches: ClassVar[bool] = False
     """True if its losses are means over tokens, none of which depends on the others: several
     processes may then train on a part of each batch and add up their gradients."""
+    multiple_of: ClassVar[int] = 64
+    """What widths for a budget are multiples of: a GPU reads rows of such lengths fastest."""
     sparse_hook: ClassVar[str] = "hook_sae_recons"
     """Hook point of the sparse term, [.., d_out]."""
 
