@@ -47,6 +47,12 @@ class Layer:
         """The SAELens module."""
         return self
 
+    @property
+    def dense_width(self) -> int:
+        """Numbers for each token that a training step computes and keeps, beside pre-activations,
+        of a layer that does not only touch what is active."""
+        return 0
+
     @classmethod
     def training_class(cls) -> Any:
         """What is trained: called with the training configuration."""
