@@ -124,8 +124,9 @@ same = partial(torch.testing.assert_close, rtol=0, atol=0)
 """Bit by bit."""
 
 SHAPE = {"d_in": 5, "d_out": 4, "d_hidden": 7, "d_sae": 11, "k": 3, "dtype": "float64"}
+SHAPE |= {"rank": 2}
 MODEL_SHAPE = {"d_in": D_MODEL, "d_out": D_MODEL, "d_hidden": D_MLP, "d_sae": 40, "k": 4}
-MODEL_SHAPE |= {"dtype": "float32"}  # fits the tiny models
+MODEL_SHAPE |= {"rank": 3, "dtype": "float32"}  # fits the tiny models
 
 
 def _kinds(registry: dict, prefix: str) -> dict[str, tuple[type, type, dict[str, Any]]]:
@@ -215,7 +216,11 @@ def random_layer(architecture: str, model: Any = None, size: float = 0.5, **opti
         context_size=8,
     )
     shape = {"d_in": D_MODEL, "d_out": D_MODEL, "d_hidden": D_MLP, "d_sae": 40, "k": 4}
-    shape |= {"apply_b_dec_to_input": "d_out" not in known, "metadata": metadata} | options
+    shape |= {
+        "rank": 3,
+        "apply_b_dec_to_input": "d_out" not in known,
+        "metadata": metadata,
+    } | options
     layer = cls(cfg_class(**{name: value for name, value in shape.items() if name in known}))
     randomise(layer, size)
     return layer

@@ -152,8 +152,18 @@ def plan_for(
     for run in runs:
         layer = check_layer(run, sites[run.layer])
         sizes = [parameter.numel() for parameter in layer.parameters()]
-        splits = layer_of(layer).splits_batches
-        jobs.append(Job(run.layer, run.seed, sum(sizes), max(sizes), layer.cfg.d_sae, splits))
+        asked = layer_of(layer)
+        jobs.append(
+            Job(
+                layer=run.layer,
+                seed=run.seed,
+                n_parameters=sum(sizes),
+                largest=max(sizes),
+                d_sae=layer.cfg.d_sae,
+                can_share=asked.splits_batches,
+                dense_width=asked.dense_width,
+            )
+        )
     cfg, d_model = runs[0], int(next(iter(sites.values())).model.cfg.d_model)
     taken = partial(
         memory,

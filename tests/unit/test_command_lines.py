@@ -27,6 +27,7 @@ labelled = st.sampled_from(["labelled.csv", "lists.jsonl", "text.jsonl", "nothin
 architecture = st.sampled_from(["mxd", "mxd_paper", "topk", "topk_transcoder", "dense"])
 architecture |= st.sampled_from(["topk_skip_transcoder", "batchtopk_mxd", "batchtopk_transcoder"])
 architecture |= st.sampled_from(["batchtopk", "jumprelu", "standard", "relu", "mxd:paper", ""])
+architecture |= st.just("molt")
 sae_options = ["3", "{", "[]", "{}", '{"k": "three"}', '{"k": 2}', '{"d_sae": 0}', '{"d_in": 3}']
 sae_options += ['{"l0_coefficient": "x"}', '{"l0_coefficient": 1}', '{"aux_loss_coefficient": -1}']
 sae_options += ['{"dtype": "float16"}', '{"dtype": "x"}', '{"d_hidden": 7}']

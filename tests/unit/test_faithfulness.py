@@ -97,7 +97,9 @@ def test_what_follows_from_the_sequences_own_numbers(tiny_bridge, heldout):
     assert sums[: len(sums) // 2] == pytest.approx(sums[len(sums) // 2 :])
 
 
-@pytest.mark.parametrize("name", ["mxd", "jumprelu_mxd", "topk_skip_transcoder", "topk", "dense"])
+@pytest.mark.parametrize(
+    "name", ["mxd", "jumprelu_mxd", "molt", "topk_skip_transcoder", "topk", "dense"]
+)
 def test_measurements_are_those_of_plain_passes(tiny_bridge, heldout, name):
     sae, site = random_layer(name, d_sae=20), Site.at(tiny_bridge, 1)
     options = {"n_sequences": 4, "n_tokens": 20, "batch_size": 4}
@@ -143,7 +145,10 @@ def test_measurements_are_those_of_plain_passes(tiny_bridge, heldout, name):
         assert [row[key] for key in (*OF_EXPERTS, *OF_GATE)] == [None] * 7
         assert density is None and row["k"] is None
     else:
-        sparse = acts @ sae.W_dec + (0 if "mxd" in name else sae.b_dec)
+        if name == "molt":
+            sparse = y_hat[ordinary]
+        else:
+            sparse = acts @ sae.W_dec + (0 if "mxd" in name else sae.b_dec)
         hook = layer_of(sae).sparse_hook
         constant = sae.run_with_hooks(
             x, fwd_hooks=[(hook, lambda s, hook: sparse.mean(0).expand_as(s))]

@@ -27,7 +27,7 @@ def of_mlp(mlp):
     return lambda x: mlp(x[None])[0]
 
 
-def by_differences(function, x, step=1e-2):
+def by_differences(function, x, step=1e-3):
     """[tokens, d_out, d_in], central."""
     columns = []
     for i in range(x.shape[1]):
@@ -49,7 +49,9 @@ def test_an_exact_copy_has_the_mlps_and_none_of_it_through_its_gate(mlp, x):
     assert found["jacobian_gate_share"] == pytest.approx(0, abs=1e-8)
 
 
-@pytest.mark.parametrize("name", ["mxd", "topk_transcoder", "topk_skip_transcoder", "dense"])
+@pytest.mark.parametrize(
+    "name", ["mxd", "molt", "topk_transcoder", "topk_skip_transcoder", "dense"]
+)
 def test_of_the_parts_by_finite_differences(mlp, x, name):
     sae = random_layer(name, d_sae=20)
     found = jacobians(layer_of(sae), mlp, x)

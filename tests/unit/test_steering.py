@@ -27,7 +27,7 @@ from ..conftest import N_VOCAB
 from ..helpers import close32 as close
 from ..helpers import random_layer
 
-LAYERS = ["mxd", "jumprelu_mxd", "topk_transcoder", "topk_skip_transcoder", "topk"]
+LAYERS = ["mxd", "jumprelu_mxd", "molt", "topk_transcoder", "topk_skip_transcoder", "topk"]
 ACTS = "blocks.1.mlp.hook_sae_acts_post"
 EXPERTS = [5, 17, 30]
 AMOUNTS = torch.tensor([0.7, -1.3, 2.0])
@@ -316,10 +316,12 @@ def test_directions_and_strengths_are_those_asked_for(name):
         found = layer.run_with_hooks(x, fwd_hooks=[("hook_sae_acts_post", add_amount)])
         close((found - layer(x)).norm(dim=-1).mean(), torch.tensor(0.5 * y_norm))
         plain = layer.W_dec[expert]
+        most = (x @ layer.W_enc[:, expert] + layer.b_enc[expert]).sort(descending=True)[1][:32]
         if "mxd" in name:
-            most = (x @ layer.W_enc[:, expert] + layer.b_enc[expert]).sort(descending=True)[1][:32]
             plain = torch.stack([layer.hidden(x[i]) @ layer.expert_weights(expert) for i in most])
             plain = plain.mean(0)
+        if name == "molt":
+            plain = torch.stack([x[i] @ layer.transform(expert) for i in most]).mean(0)
         close(row, plain)
     amounts = calibrate_strength(layer, experts, 0.5, x, y_norm, directions=directions)
     close((amounts[:, None] * directions).norm(dim=-1), torch.full((3,), 1.5))
