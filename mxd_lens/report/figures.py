@@ -74,7 +74,7 @@ def comparison(rows: list[dict[str, Any]]) -> list[go.Figure]:
 def together(rows: list[dict[str, Any]]) -> list[go.Figure]:
     """Of layers in place at once: what the language model loses by how many, and how the error of
     the residual stream grows with depth."""
-    said = [row | {"layer": layer_label(row)} for row in rows]
+    said: list[dict[str, Any]] = [row | {"layer": layer_label(row)} for row in rows]
     many = pd.DataFrame(
         [
             {

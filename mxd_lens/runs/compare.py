@@ -303,9 +303,16 @@ def measure_together(folder: Path, text: OtherText, n_sequences: int = 64) -> Pa
     rows = []
     for (architecture, k, seed), of_group in groups.items():
         layers = {run.layer: load_layer(run.layer_path, run.device) for run in of_group}
-        who = {"architecture": architecture, "k": k, "seed": seed, "model_name": cfg.model}
-        about = who | {"dataset": text.dataset or f"{cfg.dataset} (held out)"}
-        rows.append(JointRow(**about | evaluate_jointly(model, layers, tokens)))
+        rows.append(
+            JointRow(
+                architecture=architecture,
+                k=k,
+                seed=seed,
+                model_name=cfg.model,
+                dataset=text.dataset or f"{cfg.dataset} (held out)",
+                **evaluate_jointly(model, layers, tokens),
+            )
+        )
     path = folder / f"{results_stem(text.dataset).replace('results', 'joint', 1)}.json"
     with locked(folder):
         write(path, Joint(rows=rows), indent=2)
