@@ -59,18 +59,23 @@ def spread_evenly(layers: Sequence[int]) -> list[list[int]]:
 
 @torch.no_grad()
 def evaluate_jointly(
-    model: Any, layers: Mapping[int, SAE[Any]], tokens: Sequence[Int[Tensor, "batch pos"]]
+    model: Any,
+    layers: Mapping[int, SAE[Any]],
+    tokens: Sequence[Int[Tensor, "batch pos"]],
+    subsets: Sequence[Sequence[int]] | None = None,
 ) -> dict[str, Any]:
-    """Measure 1, 2, 4, ... and all of these layers in place of their MLPs at once.
+    """Measure layers in place of their MLPs at once.
 
     Args:
         layers: by MLP; metadata as for `evaluate`.
         tokens: held-out sequences, as `Heldout.in_model`.
+        subsets: which of the layers, each time; by default `spread_evenly`'s. The last is what
+            ``error`` is of.
 
     Returns:
         ``ce_original`` and ``ce_tokens``; ``replaced``: for each number of layers, ``layers``,
         ``ce_increase`` and ``kl``, nats per token in float32, with their 95% intervals over
-        sequences; ``error``: with all in place, for each block of the model, squared distance of
+        sequences; ``error``: with the last of them in place, for each block of the model, squared distance of
         the residual stream after it to the original's over its squared norm, mean over tokens.
 
     Raises:
@@ -78,7 +83,8 @@ def evaluate_jointly(
     """
     if not layers:
         raise ValueError("there are no layers to put in place")
-    sites, subsets = sites_of(model, layers), spread_evenly(sorted(layers))
+    sites = sites_of(model, layers)
+    subsets = [list(of_n) for of_n in subsets or spread_evenly(sorted(layers))]
     stream = _stream(model)
     sums: dict[str, list[Tensor]] = {}
     errors, n_read = torch.zeros(len(stream), dtype=torch.float64), 0

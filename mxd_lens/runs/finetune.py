@@ -37,7 +37,7 @@ from mxd_lens.runs.train import Stopped, stopping
 SETTINGS_FILENAME, STATE_FILENAME = "finetune.json", "finetuning"
 """Of the output folder: what decides the layers; and where an interrupted run goes on from."""
 TUNED_FILENAME = "finetuned.json"
-"""`evaluate_jointly` of the layers ``before`` and ``after``."""
+"""`evaluate_jointly` of all layers ``before`` and ``after``."""
 
 
 @config
@@ -96,13 +96,13 @@ def run_finetune(cfg: FinetuneConfig, model: Any = None, dataset: Text | None = 
         site = Site.at(model, first.layer)
         tokens = read_heldout(site, heldout, **options, **first.reading_heldout).in_model
         if "before" not in done:
-            done["before"] = evaluate_jointly(model, layers, tokens)
+            done["before"] = evaluate_jointly(model, layers, tokens, [sorted(layers)])
             write_json(path, done)
         tuning = Tuning(cfg, model, layers, first)
         tuning.fit(train, folder / STATE_FILENAME)
         for run in runs:
             _save(run, layers[run.layer], folder / Path(run.output).name)
-        done["after"] = evaluate_jointly(model, layers, tokens)
+        done["after"] = evaluate_jointly(model, layers, tokens, [sorted(layers)])
         write_json(path, done)
         shutil.rmtree(folder / STATE_FILENAME, ignore_errors=True)
     return path
