@@ -75,8 +75,9 @@ def evaluate_jointly(
     Returns:
         ``ce_original`` and ``ce_tokens``; ``replaced``: for each number of layers, ``layers``,
         ``ce_increase`` and ``kl``, nats per token in float32, with their 95% intervals over
-        sequences; ``error``: with the last of them in place, for each block of the model, squared distance of
-        the residual stream after it to the original's over its squared norm, mean over tokens.
+        sequences; ``error``: with the last of them in place, for each block of the model, squared
+        distance of the residual stream after it to the original's over its squared norm, mean over
+        tokens.
 
     Raises:
         ValueError: no layers, or see `sites_of`.
