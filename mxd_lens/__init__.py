@@ -12,6 +12,7 @@ startup.prepare()
 
 from mxd_lens.analysis.experts.report import inspect_experts
 from mxd_lens.analysis.faithfulness import evaluate
+from mxd_lens.analysis.joint import evaluate_jointly
 from mxd_lens.analysis.saelens_evals import at_output, run_evals
 from mxd_lens.analysis.steering import steer, steering_directions
 from mxd_lens.data.text import load_text, split_documents
@@ -34,6 +35,7 @@ from mxd_lens.models.splice import splice
 from mxd_lens.report.page import write_report
 from mxd_lens.runs.compare import CompareConfig, compare
 from mxd_lens.runs.config import ManyConfig, TrainConfig
+from mxd_lens.runs.replacement import replace
 from mxd_lens.runs.train import train, train_many
 
 __version__ = version("mxd-lens")
@@ -62,9 +64,11 @@ __all__ = [
     "bfloat16_is_fast",
     "compare",
     "evaluate",
+    "evaluate_jointly",
     "inspect_experts",
     "load_model",
     "load_text",
+    "replace",
     "run_evals",
     "splice",
     "split_documents",

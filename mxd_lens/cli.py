@@ -6,6 +6,8 @@ import os
 import signal
 import sys
 from contextlib import nullcontext, redirect_stdout
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +21,29 @@ from mxd_lens import startup
 from mxd_lens.analysis.faithfulness import evaluate
 from mxd_lens.data.reading import check_heldout
 from mxd_lens.demo.wheels import AssetError
-from mxd_lens.fields import PathStr, config
-from mxd_lens.files import locked
+from mxd_lens.fields import Count, Flag, PathStr, config
+from mxd_lens.files import locked, read_json
 from mxd_lens.models.load import bfloat16_is_fast
 from mxd_lens.models.site import Site
 from mxd_lens.ranks import Ranks, leave, lost_rank, take_device
-from mxd_lens.report.page import agreement_of, write_comparison_page, write_report, write_run_page
-from mxd_lens.report.tables import comparison_table, table
+from mxd_lens.report.page import (
+    agreement_of,
+    write_comparison_page,
+    write_joint_page,
+    write_report,
+    write_run_page,
+)
+from mxd_lens.report.tables import comparison_table, markdown, table
+from mxd_lens.report.tables import joint as joint_table
 from mxd_lens.runs import analyse
 from mxd_lens.runs.claims import check_sources, claim_folder
-from mxd_lens.runs.compare import CompareConfig, compare, measure_again, results_stem
+from mxd_lens.runs.compare import (
+    CompareConfig,
+    compare,
+    measure_again,
+    measure_together,
+    results_stem,
+)
 from mxd_lens.runs.config import (
     COMPARISON_FILENAME,
     ManyConfig,
@@ -37,8 +52,10 @@ from mxd_lens.runs.config import (
     TrainConfig,
     finished_runs,
 )
-from mxd_lens.runs.results import Experts, Row, load_layer, plain, read, read_rows, write
+from mxd_lens.runs.finetune import FinetuneConfig, run_finetune
+from mxd_lens.runs.results import Experts, Joint, Row, load_layer, plain, read, read_rows, write
 from mxd_lens.runs.train import check_layer, train
+from mxd_lens.runs.workers import Where, run_workers
 
 CONFIGS = Path(__file__).parent / "runs" / "configs"
 """The paper's settings."""
@@ -53,6 +70,18 @@ class EvaluateConfig(OtherText, Measuring):
 
     run: PathStr = argument(positional=True, metavar="RUN")
     """Output folder of `mxd-lens train`, or of `mxd-lens compare`: all of its layers."""
+    joint: bool = argument(default=False, action=Flag)
+    """Put layers of different MLPs in place at once: 1, 2, 4, ... and all."""
+
+
+@config
+class WorkersConfig(CompareConfig):
+    __doc__ = CompareConfig.__doc__
+
+    workers: Count = 1
+    """Processes that share out the layers of one MLP, or of kept activations."""
+    executor: Where = "local"
+    """Where they work: on this machine, or as jobs of Slurm."""
 
 
 @config
@@ -80,9 +109,7 @@ def run_evaluation(
         documents = text.load() if own is None else run.documents(own)[1]
         model = model or run.load_model()
         check_sources([run], model, own)
-        measured, density = evaluate(
-            model, sae, documents, n_sequences=n_sequences, autocast=run.autocast
-        )
+        measured, density = evaluate(model, sae, documents, n_sequences=n_sequences)
         source = text.dataset or f"{run.dataset} (held out)"
         row = Row(**measured | run.identity | probes, dataset=source)
         page = path.with_suffix(".html")
@@ -131,13 +158,29 @@ def run_train(cfg: ManyConfig) -> None:
 
 def run_evaluate(cfg: EvaluateConfig) -> None:
     folder = Path(cfg.run)
-    if (folder / RUNNER_CFG_FILENAME).exists():
+    if cfg.joint:
+        path = measure_together(folder, cfg, cfg.n_sequences)
+        write_joint_page(path)
+        joint = read(path, Joint)
+        print(markdown(*joint_table(plain(joint)["rows"])))
+        print(f"\n{path}  {path.with_suffix('.html')}")
+    elif (folder / RUNNER_CFG_FILENAME).exists():
         (run,) = finished_runs(folder)
         run_evaluation(run, cfg, cfg.n_sequences)
     else:
         path = measure_again(folder, cfg, cfg.n_sequences)
         write_comparison_page(path)
         print(comparison_table(read_rows(path)))
+
+
+def show_finetuning(cfg: FinetuneConfig) -> None:
+    path = run_finetune(cfg)
+    written = read_json(path, dict[str, Any]) or {}
+    for when in ("before", "after"):
+        all_of_them = written[when]["replaced"][-1]
+        n, lost, kl = (len(all_of_them["layers"]), all_of_them["ce_increase"], all_of_them["kl"])
+        print(f"{n} layers in place {when}: CE increase {lost:.4f}, KL {kl:.4f} nats per token")
+    print(f"\n{path}")
 
 
 def show_probes(cfg: analyse.ProbeConfig) -> None:
@@ -167,7 +210,36 @@ def run_report(cfg: analyse.AnalysisConfig) -> None:
 
 
 def run_compare(cfg: ManyConfig) -> None:
-    rows = compare(cfg, measured=write_comparison_page)
+    show_comparison(cfg, compare(cfg, measured=write_comparison_page))
+
+
+def compare_with_workers(cfg: WorkersConfig, arguments: list[str]) -> None:
+    """Compare in processes of their own, each of which reads the command's arguments where it is:
+    Slurm's machines may have GPUs that this one has not."""
+    if cfg.kept_activations is None:
+        raise ValueError(
+            "one process trains several MLPs' layers side by side, and leaves none to other "
+            "--workers: name one of --layers, or keep --activations in a folder"
+        )
+    if Ranks.here().world > 1:
+        raise ValueError("--workers are no ranks: start the command without torchrun")
+    rows = run_workers(
+        partial(work, [*arguments, "--workers", "1", "--executor", "local"]),
+        Path(cfg.output) / "workers",
+        cfg.workers,
+        cfg.executor,
+        own_gpu=cfg.device == "cuda" and cfg.llm_device is None,
+    )
+    show_comparison(cfg, rows)
+
+
+def work(arguments: list[str]) -> list[dict[str, Any]]:
+    """In a worker: the comparison's rows."""
+    disable_progress_bar()
+    return compare(make_parser().parse_args(arguments).cfg, measured=write_comparison_page)
+
+
+def show_comparison(cfg: ManyConfig, rows: list[dict[str, Any]]) -> None:
     print(f"\n{comparison_table(rows)}\n")
     print(f"{cfg.output}/results.json  {cfg.output}/results.html")
 
@@ -193,8 +265,9 @@ def run_demo(cfg: DemoConfig) -> None:
 COMMANDS = {
     "demo": (DemoConfig, run_demo),
     "train": (ManyConfig, run_train),
-    "compare": (CompareConfig, run_compare),
+    "compare": (WorkersConfig, run_compare),
     "evaluate": (EvaluateConfig, run_evaluate),
+    "finetune": (FinetuneConfig, show_finetuning),
     "probe": (analyse.ProbeConfig, show_probes),
     "experts": (analyse.ExpertsConfig, show_experts),
     "steer": (analyse.SteerConfig, show_steering),
@@ -237,13 +310,17 @@ def main(arguments: list[str] | None = None) -> None:
     """Run a command; whatever the user can mend is one sentence and exit code 1."""
     disable_progress_bar()
     take_device()
+    arguments = sys.argv[1:] if arguments is None else arguments
     rank = int(os.environ.get("RANK", 0))
     silent = redirect_stdout(open(os.devnull, "w")) if rank else nullcontext()  # noqa: SIM115
     who = f"mxd-lens, rank {rank}" if rank else "mxd-lens"
     try:
         with startup.raise_on_signals(), silent:
             chosen = make_parser().parse_args(arguments)
-            COMMANDS[chosen.command][1](chosen.cfg)
+            run, cfg = COMMANDS[chosen.command][1], chosen.cfg
+            if isinstance(cfg, WorkersConfig) and (cfg.workers > 1 or cfg.executor == "slurm"):
+                run = partial(compare_with_workers, arguments=arguments)
+            run(cfg)
     except (ValueError, OSError, AssetError) as error:
         sys.exit(f"{who}: {' '.join(str(error).split())}")
     except RuntimeError as error:
@@ -259,4 +336,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    import_module("mxd_lens.cli").main()  # workers know what they do by its module's name

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import wraps
 from typing import Annotated, Any, TypeVar, get_type_hints
 
@@ -21,6 +21,7 @@ from pydantic import (
     ValidationError,
 )
 from pydantic.dataclasses import dataclass
+from simple_parsing.helpers.custom_actions import BooleanOptionalAction
 from typing_extensions import dataclass_transform
 
 T = TypeVar("T")
@@ -63,12 +64,21 @@ ContextSize = Annotated[int, Field(ge=3, le=2**20)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Probability = Annotated[float, Field(gt=0, le=1)]
 Name = Annotated[str, Field(min_length=1)]
 PathStr = Annotated[str, Field(min_length=1), BeforeValidator(_as_string)]
 """A path, or a name: a ``pathlib.Path`` becomes a string."""
 Device = Annotated[str, AfterValidator(_usable)]
 EachOnce = Annotated[list[T], Field(strict=False), AfterValidator(_each_once)]
 """One or more different values."""
+
+
+class Flag(BooleanOptionalAction):
+    """simple_parsing's for a bool, ``--flag`` or ``--flag false``, without its ``--noflag``."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **kwargs: Any):
+        super().__init__(option_strings, dest, **kwargs)
+        self.option_strings = list(option_strings)
 
 
 @dataclass_transform(

@@ -50,6 +50,8 @@ def open_reader(
 
 CE = ("ce_original", "ce_replaced", "ce_replaced_all_positions", "ce_zero_ablation", "ce_increase")
 GATE = ("ce_mean_gate", "ce_shuffled_gate", "ce_shuffled_gate_matched")
+BIN = {"low": 100, "high": 1000, "tokens": 64, "nmse": 0.05, "ce_increase": 0.0625}
+BIN |= {"gate_at_mean": 0.0625, "mlp_removed": 0.5}
 ROW: dict[str, Any] = {
     **{"architecture": "mxd", "seed": 0, "lr": 3e-3, "dataset": "tiny (held out)", "k": 3},
     **{"d_sae": 12, "d_hidden": 32, "n_parameters": 1000, "training_tokens": 1280},
@@ -58,7 +60,17 @@ ROW: dict[str, Any] = {
     **dict(zip(GATE, (3.125, 3.25, 3.1875), strict=True)),
     **{"ce_recovered": 0.875, "ce_tokens": 64, "heldout_tokens": 64, "kl": 0.01, "fvu": 0.04},
     **{"nmse": 0.05, "nmse_median": 0.04, "l0": 3.0, "alive_fraction": 0.75, "always_on": 0},
-    "experts_cosine": 0.5,
+    **{
+        "experts_cosine": 0.5,
+        "ce_increase_interval": [0.05, 0.07],
+        "ce_floor": 0.0,
+        "share": 0.125,
+    },
+    **{"share_interval": [0.1, 0.2], "kl_interval": [0.005, 0.02], "kl_floor": 0.0},
+    **{"jacobian_cosine": 0.875, "jacobian_cosine_median": 0.9},
+    **{"jacobian_gate_share": 0.01, "jacobian_gate_cosine": 0.25},
+    **{"by_frequency": [BIN], "by_position": [BIN | {"low": 0, "high": 8}]},
+    "sequences": {"tokens": [32, 32], "ce_original": [90.0, 102.0], "ce_replaced": [92.0, 104.0]},
 }
 """A layer's results, as `mxd_lens.runs.results.Row` has them."""
 
@@ -112,8 +124,9 @@ same = partial(torch.testing.assert_close, rtol=0, atol=0)
 """Bit by bit."""
 
 SHAPE = {"d_in": 5, "d_out": 4, "d_hidden": 7, "d_sae": 11, "k": 3, "dtype": "float64"}
+SHAPE |= {"rank": 2}
 MODEL_SHAPE = {"d_in": D_MODEL, "d_out": D_MODEL, "d_hidden": D_MLP, "d_sae": 40, "k": 4}
-MODEL_SHAPE |= {"dtype": "float32"}  # fits the tiny models
+MODEL_SHAPE |= {"rank": 3, "dtype": "float32"}  # fits the tiny models
 
 
 def _kinds(registry: dict, prefix: str) -> dict[str, tuple[type, type, dict[str, Any]]]:
@@ -203,7 +216,11 @@ def random_layer(architecture: str, model: Any = None, size: float = 0.5, **opti
         context_size=8,
     )
     shape = {"d_in": D_MODEL, "d_out": D_MODEL, "d_hidden": D_MLP, "d_sae": 40, "k": 4}
-    shape |= {"apply_b_dec_to_input": "d_out" not in known, "metadata": metadata} | options
+    shape |= {
+        "rank": 3,
+        "apply_b_dec_to_input": "d_out" not in known,
+        "metadata": metadata,
+    } | options
     layer = cls(cfg_class(**{name: value for name, value in shape.items() if name in known}))
     randomise(layer, size)
     return layer

@@ -57,7 +57,11 @@ def reference(layer: Any, x: Tensor, edit: Edit = lambda _, t: t) -> Tensor:
     pre = edit("hook_sae_acts_pre", pre)
     acts = edit("hook_codes", pre.clamp_min(0) * active(layer, pre))
     acts = edit("hook_sae_acts_post", acts)
-    y = torch.einsum("...n,no->...o", acts, w["W_dec"])
+    if "W_read" in w:
+        transforms = torch.einsum("nri,nro->nio", w["W_read"], w["W_dec"])
+        y = torch.einsum("...n,nio,...i->...o", acts, transforms, x)
+    else:
+        y = torch.einsum("...n,no->...o", acts, w["W_dec"])
     if "W_shared" in w:
         y = edit("hook_experts", y)
         z = hidden(layer, w, x, edit)

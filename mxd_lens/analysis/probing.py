@@ -7,9 +7,11 @@ in standard deviations of the feature, and a logistic regression reads the first
 2023, arXiv 2305.01610; Oldfield et al. 2025, arXiv 2505.21364)::
 
     data = load_labelled("demo:bbc")
-    activations = text_activations(Site.of(model, sae), data["text"])
-    rows = probe(pool_layer(sae, activations), data["label"])
+    activations, labels = labelled_activations(Site.of(model, sae), data)
+    rows = probe(pool_layer(sae, activations), labels)
     summarise(rows)
+
+Of labelled words (parts of speech, say), each is a text of one token.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from datasets import Dataset
 from jaxtyping import Bool, Float, Int
 from sae_lens import SAE
 from scipy import sparse
@@ -32,7 +35,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mxd_lens.data.reading import TextActivations
+from mxd_lens.data.reading import TextActivations, text_activations, word_activations
 from mxd_lens.fields import EachOnce, Index, check
 from mxd_lens.layers import layer_of
 from mxd_lens.layers.mxd import MxD
@@ -91,6 +94,21 @@ def _chunks(activations: TextActivations, hook: str) -> Iterator[tuple[Tensor, T
     x, text = activations.at[hook], activations.text
     chunks = zip(x.split(4096), text.split(4096), strict=True)
     yield from tqdm(chunks, desc="Encoding", total=-(-len(text) // 4096))
+
+
+def labelled_activations(
+    site: Site, labelled: Dataset, **reading: Any
+) -> tuple[TextActivations, list[str]]:
+    """Of what `load_labelled` gives, texts or words, with the labels of those that were read.
+
+    Args:
+        reading: context_size, lm_batch_size and autocast of `text_activations`.
+    """
+    texts, labels = list(labelled["text"]), list(labelled["label"])
+    if "end" not in labelled.column_names:
+        return text_activations(site, texts, **reading), labels
+    activations, words = word_activations(site, texts, labelled["end"], **reading)
+    return activations, [labels[word] for word in words]
 
 
 def split_texts(

@@ -6,6 +6,7 @@ the original model (Oldfield et al. 2025, arXiv 2505.21364)::
     amounts = calibrate_strength(sae, experts, 1.0, x, y_norm)
     generate_steered(model, sae, experts, amounts)
     evaluate_steering(model, sae, experts, [0.5, 1, 2], x, y_norm)
+    evaluate_steering(model, sae, experts, [100.0], **PAPER)
 
 What an MxD's expert then writes depends on the token: it scales what the hidden units say there.
 With ``directions=steering_directions(sae, experts, x)`` it writes, on any text, what it does where
@@ -31,12 +32,23 @@ from transformer_lens.hook_points import HookPoint
 from transformers import Cache
 
 from mxd_lens.analysis.judge import Judge, Scores
-from mxd_lens.fields import Count, EachOnce, Finite, Index, NotNegative, check
+from mxd_lens.fields import Count, EachOnce, Finite, Index, NotNegative, Probability, check
 from mxd_lens.layers import layer_of
 from mxd_lens.models.site import hooks_of, special_tokens
 from mxd_lens.models.splice import get_mlp
 
 Amount = float | Float[Tensor, "n_experts"] | Float[Tensor, "batch n_experts"]
+
+PAPER: dict[str, Any] = {
+    "paper": True,
+    "prompt": "Let's talk about ",
+    "n_samples": 10,
+    "n_tokens": 32,
+    "temperature": 1.0,
+    "top_p": 0.1,
+}
+"""How Oldfield et al. 2025 steer, by an amount of 100; what ``paper`` does is in
+`generate_steered`. From their code, ``transcoders/feature-eval/steering.ipynb``."""
 
 _N_UNSTEERED = 16  # sets of unsteered samples, over which their scores are averaged
 
@@ -228,6 +240,8 @@ def generate_steered(
     n_samples: int = 1,
     n_tokens: int = 32,
     temperature: float = 1.0,
+    top_p: float | None = None,
+    paper: bool = False,
     seed: int = 0,
     batch_size: int = 128,
 ) -> list[list[str]]:
@@ -242,6 +256,11 @@ def generate_steered(
         directions: what that writes to the layer's output, see `steer`.
         n_samples, n_tokens: of each expert, of a sample.
         temperature: 0 takes the best token.
+        top_p: of the best tokens, the fewest that have more than this probability together are
+            sampled from (Holtzman et al. 2020, arXiv 1904.09751); all of them by default.
+        paper: as in Oldfield et al. 2025, the layer stands in for the MLP, without its error
+            term; the amounts are added at every token, special ones too; and a token's logit
+            falls by 1 each time the text has it.
         seed: PyTorch's own random state is left alone.
         batch_size: samples that are generated at the same time, of one expert or of many.
 
@@ -254,6 +273,7 @@ def generate_steered(
     """
     check(Count, n_samples=n_samples, n_tokens=n_tokens, batch_size=batch_size)
     check(NotNegative, temperature=temperature)
+    check(Probability | None, top_p=top_p)
     prompted = model.to_tokens(prompt)  # [1, pos]
     special = special_tokens(model).to(prompted.device)
     ordinary = (~torch.isin(prompted[0], special)).nonzero()[:, 0].tolist()
@@ -263,7 +283,7 @@ def generate_steered(
         raise ValueError(
             f"n_tokens={n_tokens} after the prompt's {n_prompt}: this model reads {model.cfg.n_ctx}"
         )
-    positions = [*ordinary, *range(n_prompt, n_prompt + n_tokens)]
+    positions = None if paper else [*ordinary, *range(n_prompt, n_prompt + n_tokens)]
     ids = _check_experts(sae, experts)
     of_row = torch.arange(len(ids)).repeat_interleave(n_samples)
     by_row = amounts.cpu().repeat_interleave(n_samples)
@@ -273,7 +293,7 @@ def generate_steered(
 
     texts: list[str] = []
     with ExitStack() as context:
-        context.enter_context(attached(model, sae))
+        context.enter_context(attached(model, sae, error_term=not paper))
         context.enter_context(temporary_seed(seed))
         context.callback(model.unembed.register_forward_hook(forbid_special).remove)
         progress = context.enter_context(tqdm(total=len(of_row), desc="Generating"))
@@ -289,6 +309,8 @@ def generate_steered(
                     max_new_tokens=n_tokens,
                     stop_at_eos=False,
                     temperature=temperature,
+                    top_p=top_p,
+                    freq_penalty=1.0 if paper else 0.0,
                     verbose=False,
                     return_type="tokens",
                 )
@@ -299,9 +321,9 @@ def generate_steered(
 
 
 @contextmanager
-def attached(model: Any, sae: SAE[Any]) -> Iterator[None]:
-    """The layer on top of the original model, where that has its MLP, error term on; everything
-    restored afterwards."""
+def attached(model: Any, sae: SAE[Any], error_term: bool = True) -> Iterator[None]:
+    """The layer on top of the original model, which its error term makes up for, or in the MLP's
+    stead, and on its device; everything restored afterwards."""
     name, before = hooks_of(sae)[1], sae.device
     mlp = get_mlp(model, extract_layer_from_tlens_hook_name(name) or 0)
     bridged = not isinstance(model, HookedTransformer)
@@ -310,8 +332,8 @@ def attached(model: Any, sae: SAE[Any]) -> Iterator[None]:
     hook = get_deep_attr(model, name)
     try:
         sae.to(next(mlp.parameters()).device)
-        with model.saes([sae], use_error_term=True):
-            # A float32 layer's error term is float32, whatever the model is.
+        with model.saes([sae], use_error_term=error_term):
+            # What a float32 layer gives is float32, whatever the model is.
             in_place: Any = get_deep_attr(model, name)
             in_place.register_forward_hook(lambda module, args, out: out.to(args[0].dtype))
             yield
@@ -332,8 +354,8 @@ def evaluate_steering(
     sae: SAE[Any],
     experts: Sequence[int],
     strengths: Sequence[float],
-    x: Float[Tensor, "tokens d_in"],
-    y_norm: float,
+    x: Float[Tensor, "tokens d_in"] | None = None,
+    y_norm: float | None = None,
     *,
     directions: Float[Tensor, "n_experts d_out"] | None = None,
     name: str | None = None,
@@ -341,6 +363,8 @@ def evaluate_steering(
     n_samples: int = 8,
     n_tokens: int = 32,
     temperature: float = 1.0,
+    top_p: float | None = None,
+    paper: bool = False,
     seed: int = 0,
     batch_size: int = 128,
     judge: Callable[[list[str]], Scores] | None = None,
@@ -351,35 +375,46 @@ def evaluate_steering(
 
     Args:
         strengths, x, y_norm: see `calibrate_strength`; what is not named: see `generate_steered`.
+        paper: strengths are the amounts, too, and x and y_norm are not needed.
         name: the layer's, in the rows; its architecture by default.
-        judge: what scores the samples of one expert; a `Judge` by default.
+        judge: what scores the samples of one expert, anything from texts to numbers by name; a
+            `Judge` by default.
         done: what an earlier call has returned or saved: those rows are kept, not made again.
         save: is handed the result so far whenever a strength is finished.
 
     Returns:
-        ``edit`` (``"activation"``, or ``"direction"`` with ``directions``) and the settings;
-        ``unsteered``: the scores of samples of the original model; ``rows``, one per expert and
-        strength: ``name``, ``expert``, ``strength``, ``amount`` (what was added to the
+        ``edit`` (``"activation"``, ``"direction"`` with ``directions``, or ``"paper"``) and the
+        settings; ``unsteered``: the scores of samples with nothing added; ``rows``, one per expert
+        and strength: ``name``, ``expert``, ``strength``, ``amount`` (what was added to the
         activation), the judge's scores, and ``samples``.
 
     Raises:
-        ValueError: an expert that does not exist or has no effect, fewer than two samples, a
-            setting out of range, or ``done`` has been made with other settings.
+        ValueError: an expert that does not exist or has no effect, fewer than two samples for
+            a `Judge`, a setting out of range, x and y_norm are missing, ``directions`` with
+            ``paper``, or ``done`` has been made with other settings.
     """
     check(EachOnce[Finite], strengths=strengths)
     check(EachOnce[Index], experts=experts)
-    if n_samples < 2:
+    if judge is None and n_samples < 2:
         raise ValueError(f"n_samples={n_samples}: coherence needs at least 2 of each expert")
+    if paper and directions is not None:
+        raise ValueError("the paper raises activations: paper=True goes without directions")
     sampling = {"n_samples": n_samples, "n_tokens": n_tokens, "temperature": temperature}
-    settings = {"prompt": prompt, **sampling, "seed": seed}
-    said = {"edit": "activation" if directions is None else "direction", **settings}
+    settings: dict[str, Any] = {"prompt": prompt, **sampling, "top_p": top_p, "seed": seed}
+    edit = "paper" if paper else "activation" if directions is None else "direction"
+    said = {"edit": edit, **settings}
     different = [key for key in said if done and done.get(key) != said[key]]
     if different:
         raise ValueError(f"the rows there are were made with other {', '.join(different)}")
     judge = judge or Judge(model, prompt)
     name = name or sae.cfg.architecture()
     experts = list(experts)
-    unit_amounts = calibrate_strength(sae, experts, 1.0, x, y_norm, directions=directions).cpu()
+    if paper:
+        unit_amounts = torch.ones(len(experts))
+    elif x is None or y_norm is None:
+        raise ValueError("strengths are calibrated by x and y_norm: give both, or paper=True")
+    else:
+        unit_amounts = calibrate_strength(sae, experts, 1.0, x, y_norm, directions=directions).cpu()
 
     def generate(places: list[int], amounts: Tensor) -> list[list[str]]:
         return generate_steered(
@@ -389,6 +424,7 @@ def evaluate_steering(
             amounts,
             directions=None if directions is None else directions[places],
             **settings,
+            paper=paper,
             batch_size=batch_size,
         )
 

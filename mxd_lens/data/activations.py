@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, count, islice
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -13,6 +13,7 @@ from sae_lens.training.activations_store import ActivationsStore
 from torch import Tensor
 
 from mxd_lens.data.text import Text
+from mxd_lens.data.tokens import Sequences, is_tokenized
 from mxd_lens.fields import ContextSize, Count, check
 from mxd_lens.models.site import Site
 from mxd_lens.ranks import Ranks
@@ -31,16 +32,20 @@ def activations_store(
     autocast_lm: bool,
 ) -> ActivationsStore:
     """SAELens' store over the hooks of some MLPs of one model: a pass of it stops at the last one;
-    ValueError for a size out of range, or a text of no documents or of special tokens only."""
+    ValueError for a size out of range, a text of no documents or of special tokens only, or one
+    that was tokenized for another model, see `Sequences`."""
     check(ContextSize, context_size=context_size)
     check(Count, batch_size=batch_size, lm_batch_size=lm_batch_size)
     if next(iter(dataset), None) is None:
         raise ValueError("there is no document: give more text or hold out fewer")
     site = sites[0]
-    hooks = [hook for one in sites for hook in one.hooks]
+    rows: Any = dataset
+    if is_tokenized(dataset):
+        rows = Sequences(dataset, site.model, context_size)
+    hooks = list(dict.fromkeys(hook for one in sites for hook in one.hooks))
     store = ActivationsStore.from_config_multi_hook(
         site.model,
-        dataset=dataset,
+        dataset=rows,
         hook_names=hooks,
         hook_d_ins={hook: int(site.model.cfg.d_model) for hook in hooks},
         context_size=context_size,

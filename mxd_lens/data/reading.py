@@ -27,11 +27,12 @@ class Heldout:
     tokens: list[Int[Tensor, "batch pos"]]
     """Each text once."""
     pairs: list[dict[str, Float[Tensor, "tokens d"]]]
-    """For each batch, input and output of the MLP at the non-special tokens."""
+    """For each batch, input and output of the MLP, and what the layer reads, at the non-special
+    tokens."""
     n_sequences: int
     """Sequences of these on which cross-entropies are taken."""
-    shared: dict[str, float] = field(default_factory=dict)
-    """Cross-entropies no layer takes part in, once they are known."""
+    shared: dict[str, Float[Tensor, "sequences pos"]] = field(default_factory=dict)
+    """Losses that no layer takes part in, once they are known, see `InModel`."""
 
     @property
     def in_model(self) -> list[Int[Tensor, "batch pos"]]:
@@ -48,21 +49,19 @@ def read_heldout(
     n_sequences: int = 64,
     n_tokens: int = 100_000,
     batch_size: int = 16,
-    autocast: bool = False,
 ) -> Heldout:
-    """Run the language model over held-out documents, up to the MLP.
+    """Run the language model over held-out documents, up to the MLP, in its weights' precision.
 
     Args:
         n_sequences: sequences on which cross-entropies (nats per token) will be taken.
         n_tokens: tokens on which layers alone will be measured; fewer if the text is shorter.
         batch_size: sequences per pass of the language model.
-        autocast: run the language model in bfloat16 where that is safe.
 
     Raises:
         ValueError: the text is too short for a single batch.
     """
     check(Count, n_sequences=n_sequences, n_tokens=n_tokens, batch_size=batch_size)
-    store = _heldout_store(site, dataset, context_size, batch_size, autocast)
+    store = _heldout_store(site, dataset, context_size, batch_size)
     batches = _token_batches(store, -(-n_tokens // (batch_size * (context_size - 1))))
     pairs = []
     for tokens in tqdm(batches, desc="Reading held-out text"):
@@ -77,15 +76,15 @@ def check_heldout(site: Site, dataset: Text, *, context_size: int, batch_size: i
 
 
 def _heldout_store(
-    site: Site, dataset: Text, context_size: int, batch_size: int, autocast: bool = False
+    site: Site, dataset: Text, context_size: int, batch_size: int
 ) -> ActivationsStore:
     return activations_store(
-        [site],
+        [site, Site.at(site.model, site.layer)],
         dataset,
         context_size=context_size,
         batch_size=batch_size * context_size,
         lm_batch_size=batch_size,
-        autocast_lm=autocast,
+        autocast_lm=False,
     )
 
 
@@ -152,6 +151,69 @@ def text_activations(
             for i, of_text in zip(batch, of_texts, strict=True):
                 at[hook][starts[i] : starts[i] + counts[i]] = of_text
     return TextActivations(at, text, len(texts))
+
+
+def word_activations(
+    site: Site,
+    texts: Sequence[str],
+    ends: Sequence[int],
+    *,
+    context_size: int = 128,
+    lm_batch_size: int = 32,
+    autocast: bool = False,
+) -> tuple[TextActivations, list[int]]:
+    """Of words in texts, as `text_activations` of texts: those of the last token of each, which has
+    read the whole word.
+
+    Args:
+        texts: of each word, the text it is in; each text is read once.
+        ends: of each word, the number of its text's characters up to its end.
+
+    Returns:
+        The activations, each token a text of its own, and the words they are of, in order: those
+        whose end is among the first context_size tokens.
+
+    Raises:
+        ValueError: as `text_activations` does, or the tokenizer does not tell where tokens are.
+    """
+    different = list(dict.fromkeys(texts))
+    reading = {"context_size": context_size, "lm_batch_size": lm_batch_size, "autocast": autocast}
+    read = text_activations(site, different, **reading)
+    counts = read.text.bincount(minlength=len(different))
+    starts = dict(zip(different, (counts.cumsum(0) - counts).tolist(), strict=True))
+    rank_at = {text: _ranks(site, text, context_size) for text in different}
+    words, rows = [], []
+    for word, (text, end) in enumerate(zip(texts, ends, strict=True)):
+        rank = rank_at[text].get(end - 1)
+        if rank is not None:
+            words.append(word)
+            rows.append(starts[text] + rank)
+    at = {hook: of_hook[rows] for hook, of_hook in read.at.items()}
+    return TextActivations(at, torch.arange(len(rows)), len(rows)), words
+
+
+def _ranks(site: Site, text: str, context_size: int) -> dict[int, int]:
+    """Of each character of a text, how many non-special tokens come before the one it is in."""
+    tokens = tokenize(site.model, text, context_size)
+    try:
+        encoded = site.model.tokenizer(
+            text, return_offsets_mapping=True, add_special_tokens=False, verbose=False
+        )
+    except NotImplementedError as error:
+        raise ValueError(
+            "words are found by the tokenizer's offsets, which only fast tokenizers have"
+        ) from error
+    kept, ids = site.non_special(tokens), encoded["input_ids"]
+    first = int(tokens[:1].tolist() != ids[:1])  # BOS comes before it
+    if tokens[first:].tolist() != ids[: len(tokens) - first]:
+        raise ValueError(f"the tokenizer reads a text in two ways: {text[:80]!r}")
+    before = (kept.cumsum(0) - 1).tolist()
+    return {
+        character: before[first + n]
+        for n, (start, end) in enumerate(encoded["offset_mapping"][: len(tokens) - first])
+        if kept[first + n]
+        for character in range(start, end)
+    }
 
 
 def tokenize(model: Any, text: str, context_size: int) -> Int[Tensor, "pos"]:

@@ -1,16 +1,22 @@
-"""The demo's texts and labelled texts. All but `code_and_prose` raise `fetch`'s AssetError."""
+"""The demo's texts and labelled texts. All but those of Python's own library raise `fetch`'s
+AssetError."""
 
 from __future__ import annotations
 
 import ast
+import io
 import json
+import keyword
 import re
 import sysconfig
 import textwrap
+import tokenize
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path, PurePosixPath
 from pydoc_data.topics import topics
+from typing import Any
 
 from datasets import Dataset
 from tqdm import tqdm
@@ -124,6 +130,34 @@ def code_and_prose() -> Dataset:
             ],
         }
     )
+
+
+def python_words() -> Dataset:
+    """The words of the functions of `code_and_prose`, told apart by Python's own tokenizer: columns
+    ``text`` (a whole function), ``end`` (how many of its characters come up to the word's end) and
+    ``label`` (keyword, name, number, operator, string)."""
+    rows: dict[str, list[Any]] = {"text": [], "end": [], "label": []}
+    code = code_and_prose()
+    for text, kind in zip(code["text"], code["label"], strict=True):
+        if kind != "code":
+            continue
+        lines = [0, *accumulate(map(len, text.splitlines(keepends=True)))]
+        for word in tokenize.generate_tokens(io.StringIO(text).readline):
+            label = "keyword" if keyword.iskeyword(word.string) else _WORDS.get(word.type)
+            if label is not None:
+                line, column = word.end
+                for name, value in (("text", text), ("end", lines[line - 1] + column)):
+                    rows[name].append(value)
+                rows["label"].append(label)
+    return Dataset.from_dict(rows)
+
+
+_WORDS = {
+    tokenize.NAME: "name",
+    tokenize.NUMBER: "number",
+    tokenize.OP: "operator",
+    tokenize.STRING: "string",
+}
 
 
 def _functions(node: ast.AST) -> Iterator[ast.AST]:

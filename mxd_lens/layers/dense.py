@@ -44,6 +44,7 @@ class Dense(HiddenUnits):
     label: ClassVar[str] = "dense control"
     default_lr: ClassVar[float] = 1e-2
     has_experts: ClassVar[bool] = False
+    multiple_of: ClassVar[int] = 1
     decode_reads_input: ClassVar[bool] = False
 
     @property

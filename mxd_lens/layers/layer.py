@@ -37,6 +37,8 @@ class Layer:
     splits_batches: ClassVar[bool] = False
     """True if its losses are means over tokens, none of which depends on the others: several
     processes may then train on a part of each batch and add up their gradients."""
+    multiple_of: ClassVar[int] = 64
+    """What widths for a budget are multiples of: a GPU reads rows of such lengths fastest."""
     sparse_hook: ClassVar[str] = "hook_sae_recons"
     """Hook point of the sparse term, [.., d_out]."""
 
@@ -44,6 +46,12 @@ class Layer:
     def sae(self) -> Any:
         """The SAELens module."""
         return self
+
+    @property
+    def dense_width(self) -> int:
+        """Numbers for each token that a training step computes and keeps, beside pre-activations,
+        of a layer that does not only touch what is active."""
+        return 0
 
     @classmethod
     def training_class(cls) -> Any:

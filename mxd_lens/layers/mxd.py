@@ -45,10 +45,12 @@ _N_FIRING = 32  # tokens over which what an expert writes is averaged
 
 @dataclass(kw_only=True)
 class MxDConfig(HiddenConfig):
-    """Shape of an MxD: `HiddenConfig`'s fields, width of the hidden units, experts per token."""
+    """Shape of an MxD: `HiddenConfig`'s fields, width of the hidden units, experts per token, and
+    whether it holds W_write, see `MxD`."""
 
     d_hidden: int
     k: int = 32
+    write_directions: bool = False
 
     @classmethod
     def architecture(cls) -> str:
@@ -60,7 +62,8 @@ class MxD(SparseLayer, HiddenUnits):
 
     Parameters (``cfg.dtype``): those of `HiddenUnits`; the experts' gate, W_enc [d_in, d_sae] and
     b_enc [d_sae]; W_dec [d_sae, d_out]; what all experts share, W_shared [d_hidden, d_out]; b_dec
-    [d_out].
+    [d_out]. A buffer, if ``cfg.write_directions``, which has no part in the output: W_write [d_sae,
+    d_out], what an activation of 1 says of the MLP's output, see `TrainingMxD`.
 
     Hook points, in the order they fire: ``hook_in`` (``hook_sae_input``), ``hook_sae_acts_pre``
     [.., d_sae], ``hook_codes`` (a `SparseCodes`), ``hook_sae_acts_post`` [.., d_sae],
@@ -80,6 +83,7 @@ class MxD(SparseLayer, HiddenUnits):
     default_lr: ClassVar[float] = 3e-3
     sparse_hook: ClassVar[str] = "hook_experts"
     W_shared: nn.Parameter
+    W_write: Tensor
 
     def __init__(self, cfg: Any):
         super().__init__(cfg)
@@ -95,6 +99,11 @@ class MxD(SparseLayer, HiddenUnits):
         self.initialize_hidden_units()
         self.W_shared = nn.Parameter(self._zeros(self.cfg.d_hidden, self.cfg.d_out))
         self.b_dec = nn.Parameter(self._zeros(self.cfg.d_out))
+        self._initialize_write()
+
+    def _initialize_write(self) -> None:
+        if self.cfg.write_directions:
+            self.register_buffer("W_write", self._zeros(self.cfg.d_sae, self.cfg.d_out))
 
     def combine(self, x: Tensor, codes: Codes) -> Tensor:
         experts = codes.decode(self.W_dec, unit_norm=self.unit_norm_decoder)
@@ -115,7 +124,10 @@ class MxD(SparseLayer, HiddenUnits):
     def steering_directions(
         self, units: Int[Tensor, "n"], x: Float[Tensor, "tokens d_in"]
     ) -> Float[Tensor, "n d_out"]:
-        """``W_dec[n] * (z W_shared)``: its mean over the 32 tokens of x with the largest gate."""
+        """W_write, if the layer has it; else ``W_dec[n] * (z W_shared)``, its mean over the 32
+        tokens of x with the largest gate."""
+        if self.cfg.write_directions:
+            return self.W_write[units].clone()
         W_dec, x = self.W_dec[units], x.to(self.dtype)
         shared = torch.cat([self.hidden(part) @ self.W_shared for part in x.split(1024)])
         n = min(_N_FIRING, len(x))
@@ -183,8 +195,12 @@ class TrainingMxDConfig(MxDConfig, TrainingPairConfig):
     """`MxDConfig`'s fields and the recipe's."""
 
     aux_loss_coefficient: float = 0.3
-    """Weight of a linear reconstruction from the activations alone, by a decoder that is discarded
-    on save. It keeps experts from becoming idle where the dense part does nearly all the work."""
+    """Weight of a linear reconstruction from the activations alone. It keeps experts from becoming
+    idle where the dense part does nearly all the work."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.write_directions = self.aux_loss_coefficient > 0
 
 
 class TrainingMxD(MxD, TrainingSparseLayer):
@@ -196,7 +212,8 @@ class TrainingMxD(MxD, TrainingSparseLayer):
     unit norm.
 
     Beside MxD's parameters: ``gate_mean`` [d_in] (a buffer), ``log_gate_scale`` [], and the
-    decoder of the auxiliary loss, W_aux [d_sae, d_out] and b_aux [d_out].
+    decoder of the auxiliary loss, W_aux [d_sae, d_out], which is saved as W_write, and b_aux
+    [d_out].
     """
 
     cfg: TrainingMxDConfig  # type: ignore[assignment]
@@ -207,9 +224,21 @@ class TrainingMxD(MxD, TrainingSparseLayer):
         self.register_buffer("gate_mean", self._zeros(self.cfg.d_in))
         self.log_gate_scale = nn.Parameter(self._zeros())
         self.b_enc.requires_grad_(False)
-        self.W_aux = nn.Parameter(self._zeros(self.cfg.d_sae, self.cfg.d_out))
-        self.b_aux = nn.Parameter(self._zeros(self.cfg.d_out))
         self.normalize_decoder()
+
+    def _initialize_write(self) -> None:
+        if self.cfg.write_directions:
+            self.W_aux = nn.Parameter(self._zeros(self.cfg.d_sae, self.cfg.d_out))
+            self.b_aux = nn.Parameter(self._zeros(self.cfg.d_out))
+
+    @torch.no_grad()
+    def steering_directions(
+        self, units: Int[Tensor, "n"], x: Float[Tensor, "tokens d_in"]
+    ) -> Float[Tensor, "n d_out"]:
+        """As the saved layer's: W_aux, if there is one."""
+        if self.cfg.write_directions:
+            return self.W_aux[units].clone()
+        return super().steering_directions(units, x)
 
     @torch.no_grad()
     def init_from(
@@ -252,14 +281,16 @@ class TrainingMxD(MxD, TrainingSparseLayer):
 
     def losses(self, y_hat: Tensor, y: Tensor, codes: Codes) -> dict[str, Tensor]:
         losses = super().losses(y_hat, y, codes)
-        if coefficient := self.cfg.aux_loss_coefficient:
+        if self.cfg.write_directions:
             from_codes = codes.decode(self.W_aux) + self.b_aux
-            losses["auxiliary_loss"] = coefficient * pair_loss(from_codes, y)
+            losses["auxiliary_loss"] = self.cfg.aux_loss_coefficient * pair_loss(from_codes, y)
         return losses
 
     def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
-        """Fold gate_mean and scale into an ordinary gate; drop the auxiliary decoder."""
-        del state_dict["W_aux"], state_dict["b_aux"]
+        """Fold gate_mean and scale into an ordinary gate; keep the auxiliary decoder as W_write."""
+        if self.cfg.write_directions:
+            state_dict["W_write"] = state_dict.pop("W_aux")
+            del state_dict["b_aux"]
         scale = state_dict.pop("log_gate_scale").exp()
         state_dict["W_enc"] = state_dict["W_enc"] * scale
         state_dict["b_enc"] = -(state_dict.pop("gate_mean") @ state_dict["W_enc"])

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Int
 from sae_lens import HookedSAETransformer
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
+from torch import Tensor
+from transformer_lens.loading_from_pretrained import (
+    get_pretrained_model_config,
+    get_pretrained_state_dict,
+)
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mxd_lens.demo.models import load_smollm2_bridge, load_smollm2_hooked
+from mxd_lens.demo.models import smollm2_dir
 
 ModelClass = Literal["TransformerBridge", "HookedTransformer"]
 
@@ -29,34 +37,87 @@ def load_model(
 ) -> Any:
     """A language model SAEs can be attached to, weights unprocessed; ValueError if there is none.
 
+    A HookedTransformer from a folder computes what transformers does, or is refused.
+
     Args:
         name: a model on the Hugging Face hub, a local folder with one, or ``demo:smollm2``,
             SmolLM2-135M-Instruct from the package index.
-        model_class: a SAETransformerBridge, or the older HookedSAETransformer, which reads no
-            folder.
+        model_class: a SAETransformerBridge, or the older HookedSAETransformer.
         device: or "auto", which spreads a bridge over several.
         dtype: of its weights.
     """
     bridged = model_class == "TransformerBridge"
     if device == "auto" and (name == DEMO_MODEL or not bridged):
         raise ValueError("device auto: only a TransformerBridge from the hub or a folder spreads")
-    if name == DEMO_MODEL:
-        load = load_smollm2_bridge if bridged else load_smollm2_hooked
-        return load(device=device, dtype=DTYPES[dtype])
-    if not bridged and (Path(name) / "config.json").exists():
-        raise ValueError(
-            f"a HookedTransformer loads models by their hub name, not the folder {name!r}: "
-            "load it as a TransformerBridge"
-        )
+    source = str(smollm2_dir()) if name == DEMO_MODEL else name
     try:
         if bridged:
             where = {"device_map": device} if device == "auto" else {"device": device}
-            return SAETransformerBridge.boot_transformers(name, dtype=DTYPES[dtype], **where)
+            return SAETransformerBridge.boot_transformers(source, dtype=DTYPES[dtype], **where)
+        if (Path(source) / "config.json").exists():
+            return _load_hooked(Path(source), device, DTYPES[dtype])
         return HookedSAETransformer.from_pretrained_no_processing(
-            name, device=device, dtype=DTYPES[dtype]
+            source, device=device, dtype=DTYPES[dtype]
         )
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot load the model {name!r}: {error}") from error
+
+
+def _load_hooked(folder: Path, device: str, dtype: torch.dtype) -> HookedSAETransformer:
+    """The model in a folder; ValueError if TransformerLens cannot convert it, or its logits are
+    others than transformers'."""
+    original: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    try:
+        model = _converted(original, tokenizer)
+    except Exception as error:  # TransformerLens raises many kinds for what it does not know
+        why = f"TransformerLens cannot convert it ({' '.join(str(error).split())[:200]})"
+        raise ValueError(f"{why}: load it as a TransformerBridge") from error
+    _check_logits(model, original)
+    model.cfg.model_name, model.cfg.tokenizer_name = folder.name, str(folder)
+    model.to(dtype, print_details=False)
+    return model.to(device, print_details=False)
+
+
+def _converted(original: Any, tokenizer: Any) -> HookedSAETransformer:
+    """The same in float32 on the CPU, nothing folded or centred."""
+    config = original.config
+    if config.model_type == "gpt2":
+        config.n_ctx = config.n_positions  # which files of before transformers 5 have
+    # TransformerLens guesses the architecture from the names in a path, if there is llama in it.
+    with TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        cfg = get_pretrained_model_config(
+            folder, hf_cfg=config.to_dict(), device="cpu", dtype=torch.float32
+        )
+        weights = get_pretrained_state_dict(folder, cfg, original)
+    window = getattr(config, "sliding_window", None)
+    if window and window < cfg.n_ctx and not cfg.use_local_attn:
+        raise ValueError(f"its attention reaches {window} tokens back, a HookedTransformer's all")
+    model = HookedSAETransformer(cfg, tokenizer, move_to_device=False)
+    model.load_and_process_state_dict(
+        weights,
+        fold_ln=False,
+        center_writing_weights=False,
+        center_unembed=False,
+        fold_value_biases=False,
+    )
+    return model.eval()
+
+
+@torch.no_grad()
+def _check_logits(model: HookedSAETransformer, original: Any) -> None:
+    """Raise ValueError if the two predict differently, in float32 on the CPU."""
+    rng = torch.Generator().manual_seed(0)
+    size = 1, min(model.cfg.n_ctx, 128)
+    tokens: Int[Tensor, "1 pos"] = torch.randint(original.config.vocab_size, size, generator=rng)
+    expected = original(tokens).logits
+    difference = float((model(tokens) - expected).abs().max() / expected.abs().max())
+    if not difference < 1e-4:
+        raise ValueError(
+            "as a HookedTransformer it predicts something else than in transformers, logits differ "
+            f"by {difference:.1%} of the largest: load it as a TransformerBridge"
+        )
 
 
 def bfloat16_is_fast(device: str | None = None) -> bool:

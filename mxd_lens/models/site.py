@@ -60,6 +60,11 @@ class Site:
         return self.hook_in, self.hook_out
 
     @cached_property
+    def mlp_in(self) -> str:
+        """Hook of the MLP's input, which an SAE of its output does not read; raises as `at`."""
+        return _mlp_hooks(self.model, self.layer)[0]
+
+    @cached_property
     def mlp(self) -> MLPWeights:
         """The MLP's weights, see `read_mlp`."""
         return read_mlp(get_mlp(self.model, self.layer))

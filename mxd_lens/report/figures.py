@@ -18,7 +18,7 @@ from plotly.colors import qualitative
 from torch import Tensor
 
 from mxd_lens.layers import architectures
-from mxd_lens.report.tables import measured, method_label
+from mxd_lens.report.tables import layer_label, measured, method_label
 
 NATS = "nats per token"
 
@@ -69,6 +69,43 @@ def comparison(rows: list[dict[str, Any]]) -> list[go.Figure]:
         _frontier(frame, "fvu", "Fraction of variance unexplained", "FVU", {}),
         _frontier(frame, "gate_matched", gate, NATS, {"MLP removed": removed}),
     ]
+
+
+def together(rows: list[dict[str, Any]]) -> list[go.Figure]:
+    """Of layers in place at once: what the language model loses by how many, and how the error of
+    the residual stream grows with depth."""
+    said: list[dict[str, Any]] = [row | {"layer": layer_label(row)} for row in rows]
+    many = pd.DataFrame(
+        [
+            {
+                "layer": row["layer"],
+                "n": len(of_n["layers"]),
+                "lost": of_n["ce_increase"],
+                "up": high - of_n["ce_increase"],
+                "down": of_n["ce_increase"] - low,
+            }
+            for row in said
+            for of_n in row["replaced"]
+            for low, high in [of_n["ce_increase_interval"] or [of_n["ce_increase"]] * 2]
+        ]
+    )
+    lines = {"color": "layer", "markers": True}
+    lost = px.line(_drawn(many), x="n", y="lost", error_y="up", error_y_minus="down", **lines)
+    lost.update_traces(hovertemplate="%{x} layers: %{y:.4f}")
+    axis = {"title": "layers in place at once", "type": "log", "tickvals": sorted({*many["n"]})}
+    axes: dict[str, Any] = {"xaxis": axis, "yaxis_title": NATS}
+    figures = [_styled(lost, "Cross-entropy lost, 95% intervals over sequences", **axes)]
+    grown = pd.DataFrame(
+        [
+            {"layer": row["layer"], "block": block, "error": error}
+            for row in said
+            for block, error in enumerate(row["error"])
+        ]
+    )
+    error = px.line(_drawn(grown), x="block", y="error", **lines)
+    error.update_traces(hovertemplate="after block %{x}: %{y:.4f}")
+    axes = {"xaxis_title": "block", "yaxis_title": "squared error / squared norm"}
+    return [*figures, _styled(error, "Error of the residual stream, all in place", **axes)]
 
 
 def _depth(frame: pd.DataFrame, key: str, title: str) -> go.Figure:

@@ -24,7 +24,7 @@ from mxd_lens.files import write_text
 from mxd_lens.report import figures, tables
 from mxd_lens.report.tables import Table, layer_label, method_label
 from mxd_lens.runs.config import COMPARISON_FILENAME
-from mxd_lens.runs.results import Experts, Probes, Row, Steering, plain, read, read_rows
+from mxd_lens.runs.results import Experts, Joint, Probes, Row, Steering, plain, read, read_rows
 
 
 def write_comparison_page(results: Path) -> None:
@@ -36,7 +36,7 @@ def write_comparison_page(results: Path) -> None:
     Raises:
         ValueError: a file is none of ours.
     """
-    rows = read_rows(results)
+    rows = _with_agreement(read_rows(results), results.parent)
     opening = _opening(rows)
     mlps = sorted({row["hook_layer"] for row in rows})
     described, experts = _described(results.parent, opening)
@@ -50,11 +50,29 @@ def write_comparison_page(results: Path) -> None:
         control=[row for row in rows if not _has_experts(row)],
         figures=figures.comparison(rows),
         decisive=tables.decisive(rows),
+        questions=tables.questions(rows),
         everything=tables.everything(rows),
         folder=shlex.quote(str(results.parent)),
         described=described,
         experts=experts,
         data=experts and _browsed(experts, []),
+    )
+
+
+def write_joint_page(results: Path) -> None:
+    """Layers in place at once: figures and a table, beside ``joint.json``; ValueError if that is
+    none of ours."""
+    rows = _read(results, Joint)["rows"]
+    drawn = figures.together(rows)
+    _write(
+        results.with_suffix(".html"),
+        "joint.html",
+        rows[0],
+        title="Layers in place at once",
+        where="many MLPs",
+        figures=drawn,
+        numbers=tables.joint(rows),
+        data=None,
     )
 
 
@@ -122,10 +140,19 @@ def agreement_of(experts: dict[str, Any]) -> str:
 
 def _write(path: Path, template: str, row: dict[str, Any], **parts: Any) -> None:
     """Render a template: a page about one layer, unless it says ``everything`` of several."""
-    where = f"the MLP at {row['hook_name_out']}"
-    shared = {"row": row, "where": where, "title": layer_label(row), "plotly": get_plotlyjs()}
-    numbers = {"numbers": tables.summary(row), "everything": tables.everything([row])}
-    write_text(path, _PAGES.get_template(template).render(shared | numbers | parts))
+    shared = {"row": row, "plotly": get_plotlyjs()}
+    of_one = {} if "numbers" in parts else _of_one_layer(row)
+    write_text(path, _PAGES.get_template(template).render(shared | of_one | parts))
+
+
+def _of_one_layer(row: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "where": f"the MLP at {row['hook_name_out']}",
+        "title": layer_label(row),
+        "numbers": tables.summary(row),
+        "everything": tables.everything([row]),
+        "by_token": tables.by_token(row),
+    }
 
 
 def _plot(figure: go.Figure) -> go.Figure:
@@ -171,6 +198,19 @@ def _rows(folder: Path) -> dict[Path, dict[str, Any]]:
     """The runs of a comparison that have been measured."""
     paths = sorted(folder.glob("*/results.json"))
     return {path.parent: row for path in paths for row in read_rows(path)}
+
+
+def _with_agreement(rows: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
+    """The rows, with the mean agreement of those layers whose experts were inspected."""
+    who = ("hook_layer", "architecture", "k", "seed")
+    agreement = {}
+    for path, row in _rows(folder).items():
+        experts = _read(path / "experts.json", Experts)
+        found = [e["agreement"] for e in experts["experts"]] if experts else []
+        found = [of_expert for of_expert in found if of_expert is not None]
+        if found:
+            agreement[tuple(row[name] for name in who)] = {"agreement": sum(found) / len(found)}
+    return [row | agreement.get(tuple(row[name] for name in who), {}) for row in rows]
 
 
 def _read(path: Path, kind: Any) -> Any:
@@ -246,8 +286,8 @@ def _by_number(scores: pd.DataFrame) -> Table:
 
 def _steering(files: list[dict[str, Any]]) -> list[go.Figure]:
     """A figure of the runs that were steered alike, if any was."""
-    names = ("edit", "prompt", "n_samples", "n_tokens", "temperature", "seed")
-    alike = [file for file in files if all(file[name] == files[0][name] for name in names)]
+    made = [{n: v for n, v in file.items() if n not in ("unsteered", "rows")} for file in files]
+    alike = [file for file, how in zip(files, made, strict=True) if how == made[0]]
     frame = pd.DataFrame([row for file in alike for row in file["rows"]])
     if frame.empty:
         return []

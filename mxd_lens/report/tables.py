@@ -13,28 +13,48 @@ COLUMNS = {
     "k": "{k:g}",
     "seed": "{seed}",
     "CE increase": "{ce_increase:.4f}",
-    "recovered": "{ce_recovered:.1%}",
-    "FVU": "{fvu:.3f}",
-    "shuffled, norms kept": "{gate_matched:+.4f}",
-    "alive": "{alive_fraction:.0%}",
-    "always on": "{always_on}",
-    "parameters": "{n_parameters:,}",
-    **{f"probe F1, top {n}": f"{{probe_f1_top{n}:.3f}}" for n in (1, 2, 5)},
+    "95% interval": "{ce_increase_interval[0]:.4f} to {ce_increase_interval[1]:.4f}",
+    "worth": "{worth:+.4f}",
+    "share": "{share:.0%}",
+    "shuffled": "{shuffled:.0%}",
+    "agreement": "{agreement:.3f}",
+    "Jacobian": "{jacobian_cosine:.2f}",
+    "probe F1": "{probe_f1_top1:.3f}",
 }
 """Of a comparison: heading, and what `measured` says below it."""
+QUESTIONS = {
+    "CE increase": "Faithful? Nats per token lost with the layer in place of the MLP, and the 95% "
+    "interval over sequences; an exact copy of the MLP loses {ce_floor:.4f}.",
+    "worth": "Do experts add to it? How much less that is than a dense control of the MLP's "
+    "hidden width, without experts, loses.",
+    "share": "Carried by experts? Of what removing the MLP loses, what holding the sparse term at "
+    "its mean does.",
+    "shuffled": "Do experts fire for a reason? Of what removing the MLP loses, what another "
+    "token's sparse term, norms kept, does.",
+    "agreement": "Do they write what they fire on? How much of the other experts' contexts an "
+    "expert's promoted tokens fit worse than its own, on average; by chance 0.5.",
+    "Jacobian": "Does it compute as the MLP does? Mean cosine, over tokens, of the layer's "
+    "Jacobian to the MLP's.",
+}
+"""What the columns ask."""
 SUMMARY = {
     "cross-entropy, original model": "{ce_original:.4f} nats",
     "  with the layer swapped in": "{ce_replaced:.4f}  ({ce_increase:+.4f})",
+    "    95% interval": "{ce_increase_interval[0]:+.4f} to {ce_increase_interval[1]:+.4f}",
+    "  with an exact copy (floor)": "{ce_floor:+.4f}",
     "  with the MLP removed": "{ce_zero_ablation:.4f}  ({mlp_removed:+.4f})",
     "recovered": "{ce_recovered:.1%}",
+    "worth of the experts": "{worth:+.4f} nats",
     "KL divergence": "{kl:.4f} nats",
-    "normalised MSE per token": "{nmse:.3f}",
     "fraction of variance unexplained": "{fvu:.4f}",
     "L0": "{l0:.1f} of {d_sae:,}",
     "experts alive / always on": "{alive_fraction:.1%} / {always_on}",
     "gate at its mean": "{gate_mean:+.4f} nats",
+    "share of the experts": "{share:.1%}",
     "gate shuffled": "{gate_shuffled:+.4f} nats",
-    "gate shuffled, norms kept": "{gate_matched:+.4f} nats",
+    "gate shuffled, norms kept": "{gate_matched:+.4f} nats  ({shuffled:.1%} of the MLP)",
+    "Jacobian's cosine to the MLP's": "{jacobian_cosine:.3f}",
+    "  through the gate": "{jacobian_gate_share:.1%}",
 }
 """Of one layer, likewise."""
 INCREASES = {
@@ -64,11 +84,14 @@ def layer_label(row: dict[str, Any]) -> str:
 
 def measured(row: dict[str, Any]) -> dict[str, Any]:
     """What is not None of a row of results, with ``layer``, the reader's name of the architecture,
-    and cross-entropy increases of the ablations over the original model, in nats per token."""
+    cross-entropy increases of the ablations over the original model, in nats per token, and
+    ``shuffled``, that with norms kept as a fraction of that without the MLP."""
     known = {name: value for name, value in row.items() if value is not None}
     increases = {
         name: known[ce] - row["ce_original"] for name, ce in INCREASES.items() if ce in known
     }
+    if "gate_matched" in increases:
+        increases["shuffled"] = increases["gate_matched"] / increases["mlp_removed"]
     return known | increases | {"layer": method_label(row["architecture"])}
 
 
@@ -89,10 +112,50 @@ def decisive(rows: list[dict[str, Any]]) -> Table:
     return list(columns), [list(line) for line in zip(*columns.values(), strict=True)]
 
 
+def joint(rows: list[dict[str, Any]]) -> Table:
+    """What layers in place at once lose, a number of layers a line."""
+    head = ["layers", "MLPs", "CE increase", "95% interval", "KL"]
+    lines = []
+    for row in rows:
+        for of_n in row["replaced"]:
+            interval = of_n["ce_increase_interval"]
+            said = f"{interval[0]:.4f} to {interval[1]:.4f}" if interval else NONE
+            numbers = [f"{of_n['ce_increase']:.4f}", said, f"{of_n['kl']:.4f}"]
+            lines.append([layer_label(row), f"{len(of_n['layers'])}", *numbers])
+    return head, lines
+
+
+def markdown(head: list[str], lines: list[list[str]]) -> str:
+    """A table as Markdown."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *lines])
+
+
 def comparison_table(rows: list[dict[str, Any]]) -> str:
     """The numbers that decide, a layer a line, as Markdown."""
-    head, lines = decisive(rows)
-    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *lines])
+    return markdown(*decisive(rows))
+
+
+def questions(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """What the columns of `decisive` ask, each with its name."""
+    floor = max((row["ce_floor"] for row in rows), key=abs)
+    head, _ = decisive(rows)
+    return [(name, asks.format(ce_floor=floor)) for name, asks in QUESTIONS.items() if name in head]
+
+
+def by_token(row: dict[str, Any]) -> list[Table]:
+    """How error and gate's role go with a token's frequency and position, a bin a line."""
+    names = {"frequency in a million": "by_frequency", "position": "by_position"}
+    tables = []
+    for name, key in names.items():
+        head = [name, "tokens", "NMSE", "CE increase", "gate at its mean", "MLP removed"]
+        lines = []
+        for of_bin in row[key]:
+            known = {name: value for name, value in of_bin.items() if value is not None}
+            forms = ["{low:,} to {high:,}", "{tokens:,}", "{nmse:.3f}", "{ce_increase:+.4f}"]
+            forms += ["{gate_at_mean:+.4f}", "{mlp_removed:+.4f}"]
+            lines.append([_said(form, known) for form in forms])
+        tables.append((head, lines))
+    return tables
 
 
 def summary(row: dict[str, Any]) -> list[tuple[str, str]]:
@@ -111,6 +174,7 @@ def table(row: dict[str, Any]) -> str:
 def everything(rows: list[dict[str, Any]]) -> Table:
     """All numbers, a layer a column."""
     names = dict.fromkeys(name for row in rows for name in row)
+    names = [name for name in names if name not in ("by_frequency", "by_position", "sequences")]
     lines = [[name, *(_shown(row.get(name)) for row in rows)] for name in names]
     return ["", *map(layer_label, rows)], lines
 
@@ -118,4 +182,6 @@ def everything(rows: list[dict[str, Any]]) -> Table:
 def _shown(value: Any) -> str:
     if value is None:
         return NONE
+    if isinstance(value, list):
+        return " to ".join(map(_shown, value))
     return f"{value:.5g}" if isinstance(value, float) else str(value)

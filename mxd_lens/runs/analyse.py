@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import field
+from dataclasses import field, fields
 from functools import partial
 from itertools import groupby, product
 from pathlib import Path
@@ -27,15 +27,24 @@ from torch import Tensor
 
 from mxd_lens.analysis.embedding import embed
 from mxd_lens.analysis.experts.report import inspect_experts
-from mxd_lens.analysis.probing import SCORES, Features, pool_layer, pool_neurons, probe, summarise
+from mxd_lens.analysis.probing import (
+    SCORES,
+    Features,
+    labelled_activations,
+    pool_layer,
+    pool_neurons,
+    probe,
+    summarise,
+)
 from mxd_lens.analysis.steering import (
+    PAPER,
     calibrate_strength,
     evaluate_steering,
     generate_steered,
     steering_directions,
 )
 from mxd_lens.data.labelled import DEMO_LABELLED, load_labelled
-from mxd_lens.data.reading import read_heldout, text_activations
+from mxd_lens.data.reading import read_heldout
 from mxd_lens.data.text import Text, read
 from mxd_lens.fields import Count, EachOnce, Finite, Index, Name, PathStr, config
 from mxd_lens.files import locked
@@ -116,11 +125,11 @@ def _documents(run: TrainConfig) -> tuple[Text, Text]:
     return run.documents(dataset)
 
 
-def _of_file(source: str | None) -> dict[str, str]:
-    """What tells the text in a local file from what it was, or will be, at another time."""
-    if source is None or not Path(source).is_file():
+def _of_local(source: str | None, split: str) -> dict[str, str]:
+    """What tells a local text from what it was, or will be, at another time."""
+    if source is None or not Path(source).exists():
         return {}
-    return {"text_fingerprint": text_fingerprint(read(source))}
+    return {"text_fingerprint": text_fingerprint(read(source, split))}
 
 
 @config
@@ -131,11 +140,12 @@ class ProbeConfig(AnalysisConfig, TextFormat):
     """
 
     data: EachOnce[PathStr] = field(default_factory=lambda: list(DEMO_LABELLED))
-    """Labelled text: these, a hub data set (name or name:config), or a local file."""
+    """Labelled text, or lists of labelled words: these, a hub data set (name or name:config), or a
+    local file."""
     label_column: Name = "label"
     """Column of the data set that holds the class."""
     n_texts: Count = 1200
-    """Texts of each, equally many of every class."""
+    """Texts, or words, of each; equally many of every class."""
     n_splits: Count = 5
     """Random halves to train and test on, seeded 0, 1, 2, ..."""
 
@@ -151,7 +161,7 @@ def run_probe(cfg: ProbeConfig) -> list[Path]:
     """
     how = cfg.settings()
     del how["data"]
-    asked: Parts = {data: how | _of_file(data) for data in cfg.data}
+    asked: Parts = {data: how | _of_local(data, cfg.dataset_split) for data in cfg.data}
     with _files(cfg, "probe.json", results.Probes, lambda run: asked) as files:
         missing = {data: [each for each in files if data in each[1].missing] for data in cfg.data}
         load = values(cfg, ("text_column", "label_column", "n_texts"))
@@ -164,13 +174,13 @@ def run_probe(cfg: ProbeConfig) -> list[Path]:
         for data, texts in labelled.items():
             some = missing[data][0][0]
             site = site or _load_site(some)
-            activations = text_activations(site, texts["text"], **some.reading_texts)
-            probed = partial(_probed, labels=texts["label"], n_splits=cfg.n_splits)
+            activations, labels = labelled_activations(site, texts, **some.reading_texts)
+            probed = partial(_probed, labels=labels, n_splits=cfg.n_splits)
             print(f"\n{data}: the MLP's neurons", flush=True)
             neurons = pool_neurons(site, activations)
             baselines = probed((data, "majority", None, None), neurons, n_features=[0])
             baselines += probed((data, "neurons", None, None), neurons)
-            about = results.ProbedData(asked=asked[data], classes=sorted(set(texts["label"])))
+            about = results.ProbedData(asked=asked[data], classes=sorted(set(labels)))
             for run, file in missing[data]:
                 print(f"\n{data}: {run}", flush=True)
                 sae = load_layer(run.layer_path, run.device)
@@ -257,9 +267,9 @@ def run_experts(cfg: ExpertsConfig) -> list[Path]:
     Raises:
         ValueError: no such layers or text, or a file that was asked for otherwise.
     """
-    contexts = cfg.settings() | _of_file(cfg.dataset)
+    contexts = cfg.settings() | _of_local(cfg.dataset, cfg.dataset_split)
     effects = {"effect_strength": contexts.pop("effect_strength")}
-    sampled = ("sample_strength", "prompt", "temperature", "sample_tokens")
+    sampled = ("sample_strength", "prompt", "temperature", "top_p", "sample_tokens")
     samples = {name: contexts.pop(name) for name in sampled}
     asked: Parts = {"contexts": contexts}
     asked |= {"effects": effects} if cfg.effect_strength else {}
@@ -308,6 +318,9 @@ def run_experts(cfg: ExpertsConfig) -> list[Path]:
         return [file.path for _, file in files]
 
 
+_STRENGTHS = [0.5, 1.0, 2.0, 4.0]
+
+
 @config
 class SteerConfig(AnalysisConfig, Sampling):
     """Steer single experts while the model writes; score coherence and fluency.
@@ -319,13 +332,28 @@ class SteerConfig(AnalysisConfig, Sampling):
     """Units to steer; by default n_experts random ones that fire on over 1 in 100,000 tokens."""
     n_experts: Count = 20
     """How many, where none are named."""
-    strengths: EachOnce[Finite] = field(default_factory=lambda: [0.5, 1.0, 2.0, 4.0])
+    strengths: EachOnce[Finite] = field(default_factory=_STRENGTHS.copy)
     """Norms of the change at the MLP's output, in mean norms of that output."""
     n_samples: Annotated[int, Field(ge=2)] = 8
     """Samples of each unit at each strength."""
-    edit: Literal["direction", "activation"] = "direction"
+    edit: Literal["direction", "activation", "paper"] = "direction"
     """What is added for an MxD's expert: always what it writes where its gate is largest, or what
-    raising its activation writes at each token. The same for other layers."""
+    raising its activation writes at each token. The same for other layers. paper: all as in
+    arXiv 2505.21364, which sets prompt and sampling; strengths, 100 by default, are amounts."""
+
+    def __post_init__(self) -> None:
+        if self.edit != "paper":
+            return
+        theirs = {name: value for name, value in PAPER.items() if name != "paper"}
+        theirs["sample_tokens"] = theirs.pop("n_tokens")
+        defaults = {f.name: f.default for f in fields(type(self))}
+        for name, value in theirs.items():
+            asked = getattr(self, name)
+            if asked not in (defaults[name], value):
+                raise ValueError(f"edit=paper has {name}={value!r}, and this asks for {asked!r}")
+            setattr(self, name, value)
+        if self.strengths == _STRENGTHS:
+            self.strengths = [100.0]
 
 
 def run_steer(cfg: SteerConfig) -> list[Path]:
@@ -358,10 +386,13 @@ def run_steer(cfg: SteerConfig) -> list[Path]:
             print(f"\n{run}", flush=True)
             sae = load_layer(run.layer_path, run.device)
             site = site or _load_site(run)
-            x, y_norm = layer_sample(site.model, sae, run)
+            paper = cfg.edit == "paper"
+            x, y_norm = (None, None) if paper else layer_sample(site.model, sae, run)
             for strength, of_strength in groupby(missing, lambda part: part[1]):
                 units = [unit for unit, _ in of_strength]
-                written = cfg.edit == "direction"
+                directions = None
+                if x is not None and cfg.edit == "direction":
+                    directions = steering_directions(sae, units, x)
                 before = file.value and results.plain(file.value)
                 found = evaluate_steering(
                     site.model,
@@ -370,9 +401,10 @@ def run_steer(cfg: SteerConfig) -> list[Path]:
                     [strength],
                     x,
                     y_norm,
-                    directions=steering_directions(sae, units, x) if written else None,
+                    directions=directions,
                     done=before and before | {"rows": []},
                     name=run.architecture,
+                    paper=paper,
                     **sampling,
                 )
                 rows = [{"architecture": row.pop("name"), **row} for row in found["rows"]]

@@ -11,7 +11,7 @@ import hashlib
 import re
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import field
+from dataclasses import field, replace
 from itertools import groupby, product
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,11 @@ from sae_lens.constants import RUNNER_CFG_FILENAME
 from sae_lens.saes.sae import SAE
 
 from mxd_lens.analysis.faithfulness import evaluate
-from mxd_lens.analysis.probing import pool_layer, probe, summarise
+from mxd_lens.analysis.intervals import worth
+from mxd_lens.analysis.joint import evaluate_jointly
+from mxd_lens.analysis.probing import labelled_activations, pool_layer, probe, summarise
 from mxd_lens.data.labelled import load_labelled
-from mxd_lens.data.reading import Heldout, TextActivations, read_heldout, text_activations
+from mxd_lens.data.reading import Heldout, TextActivations, read_heldout
 from mxd_lens.data.text import Text
 from mxd_lens.fields import Count, EachOnce, Name, PathStr, config
 from mxd_lens.files import Busy, claim, locked
@@ -44,6 +46,8 @@ from mxd_lens.runs.config import (
 )
 from mxd_lens.runs.results import (
     Comparison,
+    Joint,
+    JointRow,
     Parts,
     ResultsFile,
     Row,
@@ -54,8 +58,10 @@ from mxd_lens.runs.results import (
 )
 from mxd_lens.runs.train import check_layer, train_many
 
-COMPARED = ["mxd", "mxd_paper", "topk_transcoder", "topk_skip_transcoder", "topk", "dense"]
+COMPARED = ["mxd", "mxd_paper", "molt", "topk_transcoder", "topk_skip_transcoder", "topk", "dense"]
 """Architectures of a comparison, in the order of its tables."""
+
+CONTROL = "dense"
 
 _WAITING = "waiting for another process, which trains {}"
 
@@ -163,7 +169,8 @@ def compare(
             check_sources([cfg], model, dataset)
     write()  # a kill may have come before the last one
     ranks.wait()
-    return [plain(file_of(run).value) for run in runs]
+    every = _all_rows(folder)
+    return [plain(_with_worth(file_of(run).value, every)) for run in runs]
 
 
 def _alone(folder: Path, ranks: Ranks) -> AbstractContextManager[Any]:
@@ -201,8 +208,8 @@ class Bench:
         )
         self.activations = None
         if self.labelled:
-            texts = self.labelled["text"]
-            self.activations = text_activations(site, texts, **cfg.reading_texts)
+            read = labelled_activations(site, self.labelled, **cfg.reading_texts)
+            self.activations, self.labels = read
         self.layer = layer
 
     def row(self, run: TrainConfig) -> dict[str, Any]:
@@ -211,7 +218,7 @@ class Bench:
         sae = load_layer(run.layer_path, run.device)
         row = measure(sae, run, self.heldout, f"{run.dataset} (held out)")
         if self.labelled and self.activations and layer_of(sae).has_experts:
-            row |= probe_scores(sae, self.activations, self.labelled["label"])
+            row |= probe_scores(sae, self.activations, self.labels)
         return row | ({"probe": self.cfg.probe} if self.cfg.probe else {})
 
 
@@ -225,7 +232,7 @@ def claim_comparison(cfg: ManyConfig, *, write: bool = True) -> None:
 
 def measure(sae: SAE[Any], run: TrainConfig, heldout: Heldout, dataset: str) -> dict[str, Any]:
     """A plain row: what was trained and how it does on the held-out text."""
-    row, _ = evaluate(heldout.site.model, sae, heldout, autocast=run.autocast)
+    row, _ = evaluate(heldout.site.model, sae, heldout)
     return {**row, **run.identity, "dataset": dataset}
 
 
@@ -273,6 +280,45 @@ def measure_again(folder: Path, text: OtherText, n_sequences: int = 64) -> Path:
         return write_rows(folder, rows, results_stem(text.dataset))
 
 
+def measure_together(folder: Path, text: OtherText, n_sequences: int = 64) -> Path:
+    """Measure the layers of a comparison all in place at once, those of each architecture, k and
+    seed: ``joint.json``, this path; ValueError if there are none, or none of several MLPs."""
+    runs = finished_runs(folder, one_mlp=False)
+    groups: dict[tuple[Any, ...], list[TrainConfig]] = {}
+    for run in runs:
+        groups.setdefault((run.architecture, run.identity["k"], run.seed), []).append(run)
+    groups = {who: of_group for who, of_group in groups.items() if len(of_group) > 1}
+    if not groups:
+        raise ValueError(
+            f"{folder} holds no two layers of different MLPs and the same architecture, k and seed"
+        )
+    cfg = runs[0]
+    own = cfg.load() if text.dataset is None else None
+    documents = text.load() if own is None else cfg.documents(own)[1]
+    model = cfg.load_model()
+    check_sources(runs, model, own)
+    site = Site.at(model, cfg.layer)
+    options = {"n_sequences": n_sequences, "n_tokens": n_sequences * cfg.context_size}
+    tokens = read_heldout(site, documents, **options, **cfg.reading_heldout).in_model
+    rows = []
+    for (architecture, k, seed), of_group in groups.items():
+        layers = {run.layer: load_layer(run.layer_path, run.device) for run in of_group}
+        rows.append(
+            JointRow(
+                architecture=architecture,
+                k=k,
+                seed=seed,
+                model_name=cfg.model,
+                dataset=text.dataset or f"{cfg.dataset} (held out)",
+                **evaluate_jointly(model, layers, tokens),
+            )
+        )
+    path = folder / f"{results_stem(text.dataset).replace('results', 'joint', 1)}.json"
+    with locked(folder):
+        write(path, Joint(rows=rows), indent=2)
+    return path
+
+
 def results_stem(dataset: str | None) -> str:
     """Name of the file with what was measured on a text; None: on the run's own."""
     if dataset is None:
@@ -284,7 +330,21 @@ def results_stem(dataset: str | None) -> str:
 
 
 def write_rows(folder: Path, rows: list[Row], stem: str = "results") -> Path:
-    """The rows as JSON, this path, in the order of tables."""
+    """The rows as JSON, this path, in the order of tables, each with what its experts are worth."""
     path = folder / f"{stem}.json"
-    write(path, Comparison(rows=sorted(rows, key=_place)), indent=2)
+    write(path, Comparison(rows=[_with_worth(row, rows) for row in sorted(rows, key=_place)]), 2)
     return path
+
+
+def _with_worth(row: Row, rows: list[Row]) -> Row:
+    """Against the dense control of the same MLP, and of the same seed if there is one."""
+    controls = [
+        control
+        for control in rows
+        if control.architecture == CONTROL and control.hook_layer == row.hook_layer
+    ]
+    if row.architecture == CONTROL or not controls:
+        return row
+    control = min(controls, key=lambda control: (control.seed != row.seed, control.seed))
+    value, spread = worth(plain(row), plain(control))
+    return replace(row, worth=value, worth_interval=spread)

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 import torch
 from pydantic import AfterValidator, BeforeValidator
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME
+from simple_parsing import field as argument
 
 from mxd_lens.data.text import Text, load_text, split_documents
 from mxd_lens.fields import (
@@ -19,11 +20,13 @@ from mxd_lens.fields import (
     Count,
     Device,
     EachOnce,
+    Flag,
     Index,
     Name,
     NotNegative,
     PathStr,
     Positive,
+    Probability,
     Seed,
     check,
     config,
@@ -36,6 +39,8 @@ from mxd_lens.models.load import ModelClass, ModelDtype, load_model
 WHERE = {"output", "device", "llm_device"}
 """Fields that say where a run is and works, which decides nothing else."""
 
+_HAS_BFLOAT16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+
 COMPARISON_FILENAME = "comparison.json"
 """Settings that all runs of a comparison share; marks its folder."""
 
@@ -47,7 +52,7 @@ class TextFormat:
     dataset_split: Name = "train"
     """Split of a hub data set."""
     text_column: Name = "text"
-    """Column of the data set that holds the text."""
+    """Column of the data set that holds the text, or its tokens."""
 
 
 @config
@@ -55,8 +60,9 @@ class TextSource(TextFormat):
     """Where text comes from."""
 
     dataset: PathStr
-    """Hub data set (name or name:config), local .txt/.jsonl/.parquet/.csv, or demo:wikipedia."""
-    streaming: bool = False
+    """Hub data set (name or name:config), local .txt/.jsonl/.parquet/.csv, demo:wikipedia, or the
+    folder of a saved data set; text, or tokens of SAELens' PretokenizeRunner."""
+    streaming: bool = argument(default=False, action=Flag)
     """Stream the data set instead of downloading it whole."""
 
     def load(self) -> Text:
@@ -82,13 +88,15 @@ class Sampling:
     """Tokens of a sample."""
     temperature: NotNegative = 1.0
     """Temperature of sampling; 0 takes the likeliest token."""
+    top_p: Probability | None = None
+    """Sample from the fewest tokens with more than this probability; by default from all."""
     seed: Seed = 0
     """Seed of all that is random."""
 
     @property
     def sampling(self) -> dict[str, Any]:
         """Arguments of `generate_steered`."""
-        own = values(self, ("prompt", "temperature", "seed"))
+        own = values(self, ("prompt", "temperature", "top_p", "seed"))
         return own | {"n_tokens": self.sample_tokens}
 
 
@@ -124,7 +132,7 @@ class RunConfig(TextSource):
     """How TransformerLens wraps the model."""
     dtype: ModelDtype = "float32"
     """Type of the language model's weights. Layers are float32, see autocast."""
-    autocast: bool = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    autocast: bool = argument(default=_HAS_BFLOAT16, action=Flag)
     """Run the language model and the layer in bfloat16 where that is safe."""
     device: Device = "cuda" if torch.cuda.is_available() else "cpu"
     """Device of the model and the layer."""
@@ -157,7 +165,7 @@ class RunConfig(TextSource):
     @property
     def reading_heldout(self) -> dict[str, Any]:
         """Arguments of `read_heldout`."""
-        return values(self, ("context_size", "device", "autocast"))
+        return values(self, ("context_size", "device"))
 
     @property
     def reading_texts(self) -> dict[str, Any]:
@@ -285,8 +293,8 @@ class ManyConfig(RunConfig, Recipe, Measuring):
     layers: Layers
     """Which MLPs to replace, counted from 0, or all."""
     architectures: EachOnce[Name] = field(default_factory=lambda: ["mxd"])
-    """mxd, mxd_paper, topk_transcoder, topk_skip_transcoder, dense, or any that SAELens trains,
-    which is then an SAE of the MLP's output (topk, jumprelu, ...)."""
+    """mxd, mxd_paper, molt, topk_transcoder, topk_skip_transcoder, dense, or any that SAELens
+    trains, which is then an SAE of the MLP's output (topk, jumprelu, ...)."""
     k: EachOnce[Count] = field(default_factory=lambda: [32])
     """Active experts or units per token; an architecture without a k is trained once a seed."""
     seeds: EachOnce[Seed] = field(default_factory=lambda: [0])
@@ -334,7 +342,7 @@ class ManyConfig(RunConfig, Recipe, Measuring):
         return self.activations
 
 
-_SAID_OTHERWISE = {"d_in", "d_out", "d_sae", "k", "device", "metadata"}
+_SAID_OTHERWISE = {"d_in", "d_out", "d_sae", "k", "device", "metadata", "write_directions"}
 """Fields of SAELens' training configurations that follow from the model or the run's own."""
 
 

@@ -6,7 +6,9 @@ import hashlib
 from typing import Any
 
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
+
+from mxd_lens.data.tokens import Text, is_tokenized, token_batches
 
 _N_WEIGHTS = 1024  # of each parameter
 _N_DOCUMENTS = 100_000
@@ -27,8 +29,9 @@ def model_fingerprint(model: torch.nn.Module) -> str:
     return digest.hexdigest()[:32]
 
 
-def text_fingerprint(rows: Dataset | IterableDataset) -> str:
-    """32 hexadecimal digits of the number of documents and up to 100,000 evenly spaced ones.
+def text_fingerprint(rows: Text) -> str:
+    """32 hexadecimal digits of the number of documents, or sequences of tokens, and up to 100,000
+    evenly spaced ones.
 
     A streamed data set, whose end nobody knows, has that of its first 1,000.
     """
@@ -39,6 +42,10 @@ def text_fingerprint(rows: Dataset | IterableDataset) -> str:
             rows = rows.select(range(0, len(rows), step))
     else:
         rows = rows.take(_N_STREAMED)
+    if is_tokenized(rows):
+        for ids in token_batches(rows):
+            digest.update(ids.tobytes())
+        return digest.hexdigest()[:32]
     row: Any
     for row in rows:
         digest.update(repr(sorted(row.items())).encode(errors="surrogatepass"))

@@ -33,6 +33,8 @@ class Job:
     d_sae: int
     can_share: bool
     """Whether ranks may share its batches, see `Layer.splits_batches`."""
+    dense_width: int = 0
+    """As `Layer.dense_width`."""
 
 
 @dataclass(frozen=True)
@@ -107,11 +109,12 @@ def memory(
     held = (n_seeds > 1) * waiting * row * n_layers
     largest = max((job.largest for job in jobs), default=0)
     widest = max((job.d_sae for job in jobs), default=1)
+    dense = cfg.batch_size * max((job.dense_width for job in jobs), default=0)
     chunk = widest * min(cfg.batch_size, gate_chunk(widest, cfg.device))
     return Memory(
         layers=sum(16 * job.n_parameters + 12 * job.d_sae for job in jobs),
         buffers=sample + streams * waiting * row,
-        step=4 * (chunk + 2 * largest + 8 * cfg.batch_size * d_pair),
+        step=4 * (chunk + 4 * dense + 2 * largest + 8 * cfg.batch_size * d_pair),
         reading=0 if cached else held + a_pass * n_layers * (4 * d_pair + copies * row),
     )
 

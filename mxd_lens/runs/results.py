@@ -20,7 +20,7 @@ from typing_extensions import NotRequired, TypedDict, dataclass_transform
 
 from mxd_lens.files import check_same, read_json, write_json
 
-VERSION = 2
+VERSION = 3
 """Of the form of all these files."""
 
 T = TypeVar("T")
@@ -34,6 +34,22 @@ def result(cls: type[T]) -> type[T]:
     """Make a dataclass, of keyword arguments, that checks and converts what it is made of."""
     made: Any = dataclass(kw_only=True, config=ConfigDict(extra="forbid"))(cls)
     return made
+
+
+@result
+class Bin:
+    """Tokens whose frequency or position is from ``low`` on and below ``high``, see `InModel`."""
+
+    low: int
+    high: int
+    tokens: int
+    nmse: float
+    ce_increase: float
+    gate_at_mean: float | None
+    mlp_removed: float
+
+
+Interval = Annotated[list[float], Field(min_length=2, max_length=2)]
 
 
 @result
@@ -61,12 +77,18 @@ class Row:
     ce_replaced_all_positions: float
     ce_zero_ablation: float
     ce_increase: float
+    ce_increase_interval: Interval | None
+    ce_floor: float
     ce_recovered: float
     ce_mean_gate: float | None
     ce_shuffled_gate: float | None
     ce_shuffled_gate_matched: float | None
+    share: float | None
+    share_interval: Interval | None
     ce_tokens: int
     kl: float
+    kl_interval: Interval | None
+    kl_floor: float
     fvu: float
     nmse: float
     nmse_median: float
@@ -75,6 +97,15 @@ class Row:
     alive_fraction: float | None
     always_on: int | None
     experts_cosine: float | None
+    jacobian_cosine: float
+    jacobian_cosine_median: float
+    jacobian_gate_share: float | None
+    jacobian_gate_cosine: float | None
+    by_frequency: list[Bin]
+    by_position: list[Bin]
+    sequences: dict[str, list[float]]
+    worth: float | None = None
+    worth_interval: Interval | None = None
     probe: str | None = None
     probe_f1_top1: float | None = None
     probe_f1_top2: float | None = None
@@ -90,6 +121,39 @@ class Comparison:
     """results.json of a comparison: a row for each of its layers."""
 
     rows: Annotated[list[Row], Field(min_length=1)]
+
+
+@result
+class Replaced:
+    """So many layers in place of their MLPs at once, see `evaluate_jointly`."""
+
+    layers: list[int]
+    ce_increase: float
+    ce_increase_interval: Interval | None
+    kl: float
+    kl_interval: Interval | None
+
+
+@result
+class JointRow:
+    """Layers of one architecture, k and seed, put in place together, see `evaluate_jointly`."""
+
+    architecture: str
+    k: Number | None
+    seed: int
+    model_name: str
+    dataset: str
+    ce_original: float
+    ce_tokens: int
+    replaced: Annotated[list[Replaced], Field(min_length=1)]
+    error: list[float]
+
+
+@result
+class Joint:
+    """joint.json of a comparison of several MLPs."""
+
+    rows: Annotated[list[JointRow], Field(min_length=1)]
 
 
 @result
@@ -195,7 +259,10 @@ class Experts:
     experts: list[Expert]
 
     def parts(self) -> Parts:
-        return {**self.asked}
+        made = {**self.asked}
+        if "samples" in made:
+            made["samples"] = {"top_p": None} | made["samples"]
+        return made
 
 
 @result
@@ -213,7 +280,10 @@ class SteeringRow:
 
 @result
 class Steering:
-    """steering.json, see `evaluate_steering`."""
+    """steering.json, see `evaluate_steering`.
+
+    Fields with a default are left out of the file where they have it.
+    """
 
     edit: str
     prompt: str
@@ -223,9 +293,10 @@ class Steering:
     seed: int
     unsteered: dict[str, float]
     rows: list[SteeringRow]
+    top_p: float | None = None
 
     def parts(self) -> Parts:
-        settings = plain(self)
+        settings = plain(self) | {"top_p": self.top_p}
         del settings["unsteered"], settings["rows"]
         return {"settings": settings} | {(row.expert, row.strength): {} for row in self.rows}
 

@@ -70,7 +70,8 @@ def train_many(runs: Sequence[TrainConfig], model: Any = None, dataset: Text | N
         runs: which differ in layer, architecture and its options, k, learning rate, seed and
             folder only.
         model: the loaded model, instead of loading ``cfg.model``.
-        dataset: documents in a column ``text``, instead of loading ``cfg.dataset``.
+        dataset: documents in a column ``text``, or sequences of tokens in ``input_ids``, instead of
+            loading ``cfg.dataset``.
 
     Raises:
         ValueError: anything about model, layers, text or configuration that cannot work, too
@@ -94,7 +95,7 @@ def train_many(runs: Sequence[TrainConfig], model: Any = None, dataset: Text | N
             own_checkpoints(_checkpoints(run), settings(run))
         finished = ranks.agree([run.finished for run in runs])
         if all(finished):
-            if runs and dataset is None and Path(runs[0].dataset).is_file():
+            if runs and dataset is None and Path(runs[0].dataset).exists():
                 dataset = runs[0].load()
             if ranks.first:
                 check_sources(runs, model, dataset)
@@ -151,8 +152,18 @@ def plan_for(
     for run in runs:
         layer = check_layer(run, sites[run.layer])
         sizes = [parameter.numel() for parameter in layer.parameters()]
-        splits = layer_of(layer).splits_batches
-        jobs.append(Job(run.layer, run.seed, sum(sizes), max(sizes), layer.cfg.d_sae, splits))
+        asked = layer_of(layer)
+        jobs.append(
+            Job(
+                layer=run.layer,
+                seed=run.seed,
+                n_parameters=sum(sizes),
+                largest=max(sizes),
+                d_sae=layer.cfg.d_sae,
+                can_share=asked.splits_batches,
+                dense_width=asked.dense_width,
+            )
+        )
     cfg, d_model = runs[0], int(next(iter(sites.values())).model.cfg.d_model)
     taken = partial(
         memory,
@@ -211,9 +222,9 @@ def _train_together(
         _trainer_config(cfg), trainers, parts_of, _until(stop, source, ranks), first
     )
     try:
-        with _stopping(stop), closing(source) if ahead else nullcontext():
+        with stopping(stop), closing(source) if ahead else nullcontext():
             lockstep.fit()
-    except (_Stopped, NonFiniteActivations):
+    except (Stopped, NonFiniteActivations):
         lockstep.save_checkpoint(str(lockstep.n_training_samples))
         raise
     finished = {run.output: _save(run, trainers[run.output]) for run, *_ in mine}
@@ -367,7 +378,7 @@ def _checkpoints(cfg: TrainConfig) -> Path:
     return Path(cfg.output) / "checkpoints"
 
 
-class _Stopped(Interrupted):
+class Stopped(Interrupted):
     """Between two steps, where the state is whole."""
 
 
@@ -375,12 +386,12 @@ def _until(stop: list[int], batches: Iterator[Any], ranks: Ranks) -> Iterator[An
     """The batches, until a signal has come to any rank."""
     for batch in batches:
         if number := ranks.largest(stop[0] if stop else 0):
-            raise _Stopped("training interrupted; run the same command again to resume", number)
+            raise Stopped("training interrupted; run the same command again to resume", number)
         yield batch
 
 
 @contextmanager
-def _stopping(stop: list[int]) -> Iterator[None]:
+def stopping(stop: list[int]) -> Iterator[None]:
     """The first SIGINT or SIGTERM ends the step in progress, a second one everything at once."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 

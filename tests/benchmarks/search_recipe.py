@@ -60,7 +60,6 @@ def main() -> None:
         device=COMPARISON.device,
         n_sequences=48,
         n_tokens=40_000,
-        autocast=True,
     )
     labelled = topics()
     activations = text_activations(site, labelled["text"], autocast=True)
@@ -72,7 +71,7 @@ def main() -> None:
             if not results.exists():
                 options = json.dumps({"aux_loss_coefficient": coefficient})
                 sae = train(replace(run, lr=lr, sae_options=options, output=str(folder)), model)
-                row, _ = evaluate(model, sae, validation, autocast=True)
+                row, _ = evaluate(model, sae, validation)
                 probes = probe_scores(sae, activations, labelled["topic"])
                 results.write_text(json.dumps(candidate | shown(row) | probes, indent=2))
             print(json.dumps(json.loads(results.read_text())), flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import keyword
 import os
 import subprocess
 import sys
@@ -13,7 +14,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from mxd_lens.data.labelled import load_labelled
 from mxd_lens.demo import corpora, models, wheels
+from mxd_lens.models.load import DEMO_MODEL, load_model
 
 TEXT = (
     "The Eiffel Tower (French: la tour Eiffel) was completed in 1889.\n\n¿Qué? été, naïve — 3.14 "
@@ -47,8 +50,7 @@ def test_the_saved_tokenizer_agrees_with_the_one_in_the_gguf(folder, tmp_path):
 
 
 def test_both_models_agree_with_transformers(folder):
-    bridge = models.load_smollm2_bridge()
-    hooked = models.load_smollm2_hooked(n_ctx=128)
+    bridge, hooked = load_model(DEMO_MODEL), load_model(DEMO_MODEL, "HookedTransformer")
     assert bridge.to_tokens("Hello").tolist() == hooked.to_tokens("Hello").tolist() == [[1, 19556]]
 
     tokens = bridge.to_tokens(TEXT * 4)[:, :128]  # [1, 128]
@@ -68,9 +70,9 @@ def refuse(event, args):
         print("network", event, args[1:] if event == "socket.connect" else args, file=sys.stderr)
         sys.exit(1)
 sys.addaudithook(refuse)
-from mxd_lens.demo import models
-models.load_smollm2_bridge()
-models.load_smollm2_hooked(n_ctx=8)
+from mxd_lens.models.load import DEMO_MODEL, load_model
+load_model(DEMO_MODEL)
+load_model(DEMO_MODEL, "HookedTransformer")
 """
     offline = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
     env = {name: value for name, value in os.environ.items() if name not in offline}
@@ -121,6 +123,21 @@ def test_wikipedia_languages():
     assert min(map(len, data["text"])) >= 200
     for i, article in enumerate((" the ", " la ", " el ")):
         assert sum(article in text for text in data["text"][1000 * i : 1000 * (i + 1)]) > 700
+
+
+def test_python_words():
+    data = load_labelled("demo:python", n_texts=500)
+    assert sorted(set(data["label"])) == ["keyword", "name", "number", "operator", "string"]
+    for text, end, label in zip(data["text"], data["end"], data["label"], strict=True):
+        ast.parse(text)
+        last = text[:end].split()[-1]
+        if label == "keyword":
+            assert any(last.endswith(word) for word in keyword.kwlist)
+        elif label == "name":
+            assert last[-1].isidentifier() or last[-1].isdigit()
+        elif label == "string":
+            assert last[-1] in "'\""
+        assert label != "number" or last[-1] in "0123456789abcdefABCDEFjJ"
 
 
 def test_code_and_prose():

@@ -178,6 +178,20 @@ class TestExperts:
             expert |= dict.fromkeys(("promoted", "suppressed", "agreement"))
         assert effects == contexts
 
+    def test_samples_from_before_top_p_are_kept(self, runs, offline, edit_json):
+        config = ExpertsConfig(run=str(runs / "mxd"), n_tokens=400, prompt="the cat")
+        config.effect_strength = 0.0
+        (path,) = run_experts(config)
+        asked = json.loads(path.read_text())["asked"]
+        assert asked["samples"].pop("top_p") is None
+        edit_json(path, asked=asked)
+        before = path.read_text()
+        run_experts(config)
+        assert path.read_text() == before
+        config.top_p = 0.5
+        with pytest.raises(ValueError, match=r"top_p=None, and this asks for top_p=0.5"):
+            run_experts(config)
+
 
 class TestSteer:
     @pytest.fixture
@@ -209,6 +223,44 @@ class TestSteer:
         config.prompt = "a dog"
         with pytest.raises(ValueError, match=r"prompt=.*ask for the same"):
             run_steer(config)
+
+    def test_the_papers_protocol(self, runs, offline, llama_folder, tmp_path, edit_json):
+        longer = tmp_path / "longer"  # than prompt and samples; rotary positions have no weights
+        shutil.copytree(llama_folder, longer)
+        edit_json(longer / "config.json", max_position_embeddings=64)
+        for name in ("mxd", "topk", "dense"):
+            edit_json(runs / name / "runner_cfg.json", model=str(longer))
+        command = ["steer", str(runs), "--edit", "paper", "--experts", "1", "5"]
+        main(command)
+        for name in ("mxd", "topk"):
+            path = runs / name / "steering.json"
+            found = json.loads(path.read_text())
+            rows = found.pop("rows")
+            assert found.pop("unsteered").keys() == {"coherence", "perplexity"}
+            assert found == {
+                **{"version": 3, "edit": "paper", "prompt": "Let's talk about ", "seed": 0},
+                **{"n_samples": 10, "n_tokens": 32, "temperature": 1.0, "top_p": 0.1},
+            }
+            assert [(row["expert"], row["strength"], row["amount"]) for row in rows] == [
+                (1, 100.0, 100.0), (5, 100.0, 100.0)
+            ]  # fmt: skip
+            assert all(len(row["samples"]) == 10 for row in rows)
+        main([*command, "--strengths", "100", "10"])
+        assert [row["amount"] for row in json.loads(path.read_text())["rows"]] == [100, 100, 10, 10]
+        with pytest.raises(SystemExit, match=r"edit='paper', and .* edit='direction'"):
+            main(["steer", str(runs), "--prompt", "Let's talk about ", "--experts", "1"])
+
+    def test_a_file_from_before_top_p_goes_on(self, config, runs, offline):
+        config.run = str(runs / "topk")
+        (path,) = run_steer(config)
+        before = path.read_text()
+        assert "top_p" not in before
+        config.top_p = 0.5
+        with pytest.raises(ValueError, match=r"top_p=None, and this asks for top_p=0.5"):
+            run_steer(config)
+        config.top_p = None
+        run_steer(config)
+        assert path.read_text() == before
 
     def test_nothing_to_steer(self, config, runs):
         save_file({"sparsity": torch.full((12,), -10.0)}, runs / "mxd/layer" / SPARSITY_FILENAME)

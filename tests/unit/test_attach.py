@@ -12,8 +12,10 @@ from torch import Tensor
 from mxd_lens.analysis.faithfulness import evaluate
 from tests.helpers import MODEL_SHAPE, close32, make_layer, placed, substituted
 
+KINDS = ["mxd", "molt", "topk_transcoder", "topk_skip_transcoder", "jumprelu_mxd", "dense"]
 
-@pytest.fixture(params=["mxd", "topk_transcoder", "topk_skip_transcoder", "jumprelu_mxd", "dense"])
+
+@pytest.fixture(params=KINDS)
 def make(request, lm):
     """``make(block)``: a random layer, unlike the block's MLP."""
     return lambda block: placed(make_layer(request.param, 0.5, **MODEL_SHAPE), lm, block)

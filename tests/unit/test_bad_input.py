@@ -105,6 +105,13 @@ class TestConfigurations:
             (SteerConfig, {"strengths": [1.0, 1.0]}, "1.0 is there twice"),
             (SteerConfig, {"strengths": [float("inf")]}, r"strengths\[0\]=inf: must be a finite"),
             (SteerConfig, {"temperature": float("nan")}, "temperature=nan: must be a finite"),
+            (SteerConfig, {"top_p": 0.0}, "top_p=0.0: must be greater than 0"),
+            (ExpertsConfig, {"top_p": 1.5}, "top_p=1.5: must be less than or equal to 1"),
+            (
+                SteerConfig,
+                {"edit": "paper", "n_samples": 4},
+                "edit=paper has n_samples=10, and this asks for 4",
+            ),
             (SteerConfig, {"n_experts": -1}, "n_experts=-1: must be at least 1"),
             (SteerConfig, {"experts": []}, r"experts=\[\]: name at least one"),
             (SteerConfig, {"n_samples": 1}, "n_samples=1: must be at least 2"),
@@ -215,6 +222,8 @@ class TestArguments:
             generate_steered(tiny_bridge, mxd, [0], torch.ones(1), temperature=nan)
         with pytest.raises(ValueError, match="n_samples=0: must be at least 1"):
             generate_steered(tiny_bridge, mxd, [0], torch.ones(1), n_samples=0)
+        with pytest.raises(ValueError, match="top_p=0: must be greater than 0"):
+            generate_steered(tiny_bridge, mxd, [0], torch.ones(1), top_p=0)
         with pytest.raises(ValueError, match=r"strengths\[0\]=inf: must be a finite number"):
             evaluate_steering(tiny_bridge, mxd, [0], [float("inf")], x, 1.0)
         with pytest.raises(ValueError, match=r"strengths=\[1, 1\]: 1.0 is there twice"):

@@ -2,11 +2,13 @@
 
 import argparse
 import json
+import re
+import sys
 
 import pytest
 
 from mxd_lens.cli import COMMANDS, main, make_parser
-from mxd_lens.runs.results import read_rows
+from mxd_lens.runs.results import Joint, read, read_rows
 
 
 @pytest.fixture
@@ -52,6 +54,32 @@ def test_compare_then_evaluate_all_on_other_text(run, tmp_path):
         run("evaluate", str(folder))
 
 
+def test_layers_of_several_mlps_are_put_in_place_at_once(run, tmp_path):
+    folder = tmp_path / "many"
+    arguments = f"--output {folder} --layers 0 1 2 --expansion 8 --n_sequences 4 --k 2"
+    run("compare", *arguments.split(), "--architectures", "topk_transcoder", "mxd")
+    printed = run("evaluate", str(folder), "--joint", "--n_sequences", "4")
+    joint = read(folder / "joint.json", Joint)
+    assert [(row.architecture, row.k, row.seed) for row in joint.rows] == [
+        ("mxd", 2, 0),
+        ("topk_transcoder", 2, 0),
+    ]
+    page = (folder / "joint.html").read_text()
+    for row in joint.rows:
+        assert [of_n.layers for of_n in row.replaced] == [[1], [0, 2], [0, 1, 2]]
+        assert len(row.error) == 3 and row.dataset.endswith("(held out)")
+        for of_n in row.replaced:
+            assert f"{of_n.ce_increase:.4f} |" in printed
+            assert f"<td>{of_n.ce_increase:.4f}</td>" in page
+
+    tuned, sizes = tmp_path / "tuned", "--architecture mxd --training_tokens 64 --lm_batch_size 4"
+    printed = run("finetune", str(folder), "--output", str(tuned), *sizes.split())
+    assert "3 layers in place before: CE increase" in printed and "in place after: CE" in printed
+    assert "| MxD, k = 2 | 3 |" in run("evaluate", str(tuned), "--joint", "--n_sequences", "4")
+    with pytest.raises(SystemExit, match="no two layers of different MLPs"):
+        run("evaluate", str(folder / "layer1-mxd-k2-seed0"), "--joint")
+
+
 def test_train_any_architecture_then_evaluate(run, tmp_path):
     folder = tmp_path / "sae"
     arguments = f"--output {folder} --architectures batchtopk --k 3 --d_sae 24".split()
@@ -82,4 +110,24 @@ def test_there_are_few_options():
             said = (action.help or "").partition(" (default")[0]
             options |= {(name, said) for name in action.option_strings if len(name) > 2}
     assert {"--model", "--strengths"} < {name for name, _ in options}
-    assert len(options) <= 50
+    assert len(options) <= 62
+
+
+def test_workers_that_cannot_be_started_are_a_sentence(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    arguments = ["--output", str(tmp_path / "out"), "--workers", "2"]
+    with pytest.raises(SystemExit, match=re.escape("pip install 'mxd-lens[workers]'")):
+        run("compare", *arguments)
+    with pytest.raises(SystemExit, match="--executor slurm needs sbatch"):
+        run("compare", *arguments, "--executor", "slurm")
+    with pytest.raises(SystemExit, match="name one of --layers, or keep --activations"):
+        run("compare", *arguments, "--layers", "0", "1")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_flag_is_switched_off_by_its_value():
+    def said(*arguments: str) -> bool:
+        return make_parser().parse_args(["compare", *arguments]).cfg.streaming
+
+    assert [said(), said("--streaming"), said("--streaming", "false")] == [False, True, False]

@@ -27,6 +27,7 @@ labelled = st.sampled_from(["labelled.csv", "lists.jsonl", "text.jsonl", "nothin
 architecture = st.sampled_from(["mxd", "mxd_paper", "topk", "topk_transcoder", "dense"])
 architecture |= st.sampled_from(["topk_skip_transcoder", "batchtopk_mxd", "batchtopk_transcoder"])
 architecture |= st.sampled_from(["batchtopk", "jumprelu", "standard", "relu", "mxd:paper", ""])
+architecture |= st.just("molt")
 sae_options = ["3", "{", "[]", "{}", '{"k": "three"}', '{"k": 2}', '{"d_sae": 0}', '{"d_in": 3}']
 sae_options += ['{"l0_coefficient": "x"}', '{"l0_coefficient": 1}', '{"aux_loss_coefficient": -1}']
 sae_options += ['{"dtype": "float16"}', '{"dtype": "x"}', '{"d_hidden": 7}']
@@ -66,6 +67,7 @@ SAMPLING = {
     "prompt": st.sampled_from(["the cat", "", "</s>", "dog " * 40]),
     "sample_tokens": number,
     "temperature": real,
+    "top_p": real,
     "seed": number,
 }
 EVALUATE = SOURCE | {"n_sequences": number}
@@ -93,7 +95,7 @@ STEER = {
     "n_experts": st.integers(-1, 3).map(str),
     "strengths": st.lists(real, max_size=2),
     "n_samples": st.integers(-1, 3).map(str),
-    "edit": st.sampled_from(["direction", "activation", "x"]),
+    "edit": st.sampled_from(["direction", "activation", "paper", "x"]),
 }
 
 

@@ -193,4 +193,22 @@ def test_a_row_is_what_the_saved_layer_does(make_compare, tiny_bridge, documents
     for row, run in zip(rows, cfg.runs(), strict=True):
         layer = SAE.load_from_disk(run.layer_path)
         again, _ = evaluate(tiny_bridge, layer, held_out, n_sequences=4)
-        assert {name: row[name] for name in again} == pytest.approx(again)
+        numbers = {name: v for name, v in again.items() if not isinstance(v, list | dict)}
+        assert {name: row[name] for name in numbers} == pytest.approx(numbers)
+        for name, sums in again["sequences"].items():
+            assert row["sequences"][name] == pytest.approx(sums)
+
+
+def test_experts_are_worth_what_the_control_of_their_seed_loses_beyond(
+    make_compare, tiny_bridge, documents, tmp_path
+):
+    cfg = make_compare(architectures=["mxd", "dense"], k=[2], seeds=[0, 1])
+    rows = compare(cfg, tiny_bridge, documents)
+    of_layers = [row for row in rows if row["architecture"] == "mxd"]
+    for row, control in zip(of_layers, (r for r in rows if r not in of_layers), strict=True):
+        assert row["seed"] == control["seed"] and "worth" not in control
+        low, high = row["worth_interval"]
+        assert low < row["worth"] < high
+        assert row["worth"] == pytest.approx(control["ce_increase"] - row["ce_increase"])
+    written = read_rows(tmp_path / "compare" / "results.json")
+    assert [row["worth"] for row in written[:2]] == [row["worth"] for row in of_layers]

@@ -211,7 +211,7 @@ class InPlace(nn.Module):
 
 
 class TestInAModel:
-    @pytest.fixture(params=["mxd", "topk_skip_transcoder", "training_mxd", "jumprelu_mxd"])
+    @pytest.fixture(params=["mxd", "molt", "topk_skip_transcoder", "training_mxd", "jumprelu_mxd"])
     def layer(self, request) -> Any:
         return make_layer(request.param, 0.3, **MODEL_SHAPE)
 

@@ -66,7 +66,9 @@ def dense(model, sae, texts):
 # Firing
 
 
-@pytest.mark.parametrize("kind", ["mxd", "jumprelu_mxd", "topk_skip_transcoder", "standard"])
+@pytest.mark.parametrize(
+    "kind", ["mxd", "jumprelu_mxd", "molt", "topk_skip_transcoder", "standard"]
+)
 @pytest.mark.parametrize("lm", MODELS, indirect=True)
 def test_report_agrees_with_dense_activations(lm, kind, documents):
     model = lm
@@ -403,6 +405,21 @@ def test_ranks_are_those_of_the_experts_matrices(full):
     assert rank[[0, 3, 4]].tolist() == ([16, 10, 0] if full else [3, 3, 0])
 
 
+def test_ranks_of_a_molt_are_those_of_its_transforms():
+    sae = random_layer("molt", rank=5)
+    with torch.no_grad():
+        sae.W_dec[3, :2] = 0
+        sae.W_read[4] = 0
+        sae.W_dec[5, 1] = sae.W_dec[5, 0]
+    rank, effective = layer_of(sae).ranks()
+    for n in range(sae.cfg.d_sae):
+        s = torch.linalg.svdvals(sae.transform(n)).detach()
+        expected = s.square().sum().square() / s.pow(4).sum() if n != 4 else 0
+        assert effective[n] == pytest.approx(float(expected), rel=1e-4)
+        assert rank[n] == torch.linalg.matrix_rank(sae.transform(n))
+    assert rank[[0, 3, 4, 5]].tolist() == [5, 3, 0, 4]
+
+
 @pytest.mark.parametrize("kind", ["topk_skip_transcoder", "standard"])
 def test_other_layers_units_have_rank_one(kind):
     sae = random_layer(kind)
@@ -412,10 +429,11 @@ def test_other_layers_units_have_rank_one(kind):
     assert rank.tolist() == [int(n != 2) for n in range(40)] == effective.tolist()
 
 
-@pytest.mark.parametrize("kind", ["mxd", "topk_skip_transcoder", "standard"])
+@pytest.mark.parametrize("kind", ["mxd", "molt", "topk_skip_transcoder", "standard"])
 def test_nearest_experts_are_those_of_the_nearest_weights(kind):
     sae = random_layer(kind, d_sae=600)
-    maps = sae.expert_weights if kind == "mxd" else sae.W_dec.__getitem__
+    own = {"mxd": "expert_weights", "molt": "transform"}
+    maps = getattr(sae, own[kind]) if kind in own else sae.W_dec.__getitem__
     experts = np.array([n for n in range(600) if n % 9])
     rows = F.normalize(torch.stack([maps(n).detach().flatten() for n in experts.tolist()]))
     similarity = (rows @ rows.T).fill_diagonal_(-torch.inf)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from mxd_lens.analysis.faithfulness import evaluate
 from mxd_lens.data.activations import activations_store
 from mxd_lens.data.reading import read_heldout
 from mxd_lens.layers import layer_of
+from mxd_lens.layers.mlp import read_mlp
 from mxd_lens.layers.mxd import MxD
 from mxd_lens.models.site import Site
 from mxd_lens.models.splice import splice
@@ -38,10 +40,66 @@ def test_an_exact_copy_is_faithful_and_its_experts_mean_nothing(tiny_bridge, hel
         assert row[name] == pytest.approx(row["ce_original"], abs=1e-5)
     assert [row[name] for name in OF_EXPERTS] == [2, 0.25, 2, pytest.approx(1)]
     assert density.tolist() == [1, 1, 0, 0, 0, 0, 0, 0]
-    json.dumps(row)
+    nothing = ("share", "jacobian_gate_share", "ce_increase", "ce_floor", "kl_floor")
+    assert [row[name] for name in nothing] == pytest.approx([0] * 5, abs=1e-5)
+    assert row["jacobian_cosine"] == pytest.approx(1, abs=1e-5)
+    json.dumps(row, allow_nan=False)
 
 
-@pytest.mark.parametrize("name", ["mxd", "jumprelu_mxd", "topk_skip_transcoder", "topk", "dense"])
+def test_a_decorative_gate_carries_nothing(tiny_bridge, heldout):
+    """The whole MLP is there whatever fires: what expert is on changes it by a thousandth."""
+    mxd = MxD.from_mlp(tiny_bridge.blocks[1].mlp, d_sae=40, k=40)
+    mxd.cfg.metadata = random_layer("mxd").cfg.metadata
+    mxd.W_enc.data.normal_(std=1e-3)
+    mxd.b_enc.data.fill_(1 / 40)
+    mxd.W_dec.data += 1e-2 * torch.randn_like(mxd.W_dec)
+    row, _ = evaluate(tiny_bridge, mxd, heldout, n_sequences=8, batch_size=4)
+    assert row["ce_recovered"] > 0.95 and row["jacobian_cosine"] > 0.95
+    assert abs(row["share"]) < 0.03 and row["jacobian_gate_share"] < 0.01
+
+
+def test_a_planted_layers_experts_do_everything(tiny_bridge_gpt2, heldout):
+    """An MLP of rectified units is a transcoder of them all. Its mean output taken out, nothing is
+    left of it without the choice of units."""
+    mlp = tiny_bridge_gpt2.blocks[1].mlp
+    mlp.original_component.act = torch.nn.ReLU()
+    weights, site = read_mlp(mlp), Site.at(tiny_bridge_gpt2, 1)
+    read = read_heldout(site, heldout, context_size=8, device="cpu", n_sequences=8, batch_size=4)
+    mean = torch.cat([pair[site.hook_out] for pair in read.pairs]).mean(0)
+    sae = random_layer("topk_transcoder", d_sae=weights.shape.d_hidden, k=weights.shape.d_hidden)
+    for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
+        of_mlp = name.replace("enc", "in").replace("dec", "out")
+        getattr(sae, name).data.copy_(getattr(weights, of_mlp))
+    sae.b_dec.data -= mean
+    mlp.original_component.c_proj.bias.data -= mean
+    row, _ = evaluate(tiny_bridge_gpt2, sae, heldout, n_sequences=8, batch_size=4)
+    whole = ("share", "ce_recovered", "jacobian_gate_share", "jacobian_gate_cosine")
+    assert [row[name] for name in whole] == pytest.approx([1] * 4, abs=1e-3)
+
+
+def test_what_follows_from_the_sequences_own_numbers(tiny_bridge, heldout):
+    row, _ = evaluate(tiny_bridge, random_layer("mxd"), heldout, n_sequences=8, batch_size=4)
+    of_each = {name: np.array(sums) for name, sums in row["sequences"].items()}
+    assert {len(sums) for sums in of_each.values()} == {8}
+    n = of_each["tokens"].sum()
+    for name in ("ce_original", "ce_replaced", "ce_mean_gate", "ce_zero_ablation", "kl"):
+        assert of_each[name].sum() / n == pytest.approx(row[name])
+    lost = row["ce_zero_ablation"] - row["ce_original"]
+    assert row["share"] == pytest.approx((row["ce_mean_gate"] - row["ce_replaced"]) / lost)
+    for name, value in (("ce_increase", row["ce_increase"]), ("kl", row["kl"])):
+        low, high = row[f"{name}_interval"]
+        assert low < value < high
+    sums = []
+    for bins in (row["by_frequency"], row["by_position"]):
+        tokens = [of_bin["tokens"] for of_bin in bins]
+        assert 0 < sum(tokens) < n  # what a special token predicts is none of the layer's doing
+        sums += [np.dot(tokens, [of_bin[name] for of_bin in bins]) for name in bins[0]][3:]
+    assert sums[: len(sums) // 2] == pytest.approx(sums[len(sums) // 2 :])
+
+
+@pytest.mark.parametrize(
+    "name", ["mxd", "jumprelu_mxd", "molt", "topk_skip_transcoder", "topk", "dense"]
+)
 def test_measurements_are_those_of_plain_passes(tiny_bridge, heldout, name):
     sae, site = random_layer(name, d_sae=20), Site.at(tiny_bridge, 1)
     options = {"n_sequences": 4, "n_tokens": 20, "batch_size": 4}
@@ -87,7 +145,10 @@ def test_measurements_are_those_of_plain_passes(tiny_bridge, heldout, name):
         assert [row[key] for key in (*OF_EXPERTS, *OF_GATE)] == [None] * 7
         assert density is None and row["k"] is None
     else:
-        sparse = acts @ sae.W_dec + (0 if "mxd" in name else sae.b_dec)
+        if name == "molt":
+            sparse = y_hat[ordinary]
+        else:
+            sparse = acts @ sae.W_dec + (0 if "mxd" in name else sae.b_dec)
         hook = layer_of(sae).sparse_hook
         constant = sae.run_with_hooks(
             x, fwd_hooks=[(hook, lambda s, hook: sparse.mean(0).expand_as(s))]

@@ -15,7 +15,7 @@ from mxd_lens.runs.config import finished_runs
 from ..conftest import TINY_RUNS
 from ..helpers import ANALYSES, write_comparison, write_run
 
-FOREIGN = ["[]", "{}", "3", '{"a": 1}', '[{"a": 1}]', "null", '{"version": 2}']
+FOREIGN = ["[]", "{}", "3", '{"a": 1}', '[{"a": 1}]', "null", '{"version": 3}']
 OLDER = '{"version": 1}'
 
 
@@ -35,7 +35,7 @@ class TestReport:
         (run / f"{name}.json").write_text(content)
         said = "not what mxd-lens writes there"
         if content == OLDER:
-            said += ".*version=1, this mxd-lens reads 2"
+            said += ".*version=1, this mxd-lens reads 3"
         with pytest.raises(ValueError, match=rf"{name}\.json is {said}"):
             write_report(run)
 

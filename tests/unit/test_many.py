@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from mxd_lens.cli import main
 from mxd_lens.data.activations import Reader
 from mxd_lens.layers import answers, architectures
 from mxd_lens.runs.config import ManyConfig
-from mxd_lens.runs.plan import Job, Memory, deal, make_plan
+from mxd_lens.runs.plan import Job, Memory, deal, make_plan, memory
 from mxd_lens.startup import Interrupted
 
 from ..conftest import TINY_RUNS
@@ -149,6 +150,13 @@ class TestPlan:
         with pytest.raises(ValueError, match=r"takes .* make it narrower"):
             make_plan([self.job(40), self.job(400)], self.need, 100)
 
+    def test_what_a_step_computes_densely_counts_once(self, make_config):
+        def step(*dense: int) -> int:
+            jobs = [replace(self.job(40), dense_width=width) for width in dense]
+            return memory(jobs, make_config(), d_pair=32, n_layers=1, itemsize=4, cached=False).step
+
+        assert step(500, 300) - step(0) == 4 * 4 * 32 * 500
+
     def test_the_largest_are_dealt_first(self):
         assert deal([self.job(n) for n in (1, 5, 2, 4)], 2) == [(0,), (0,), (1,), (1,)]
 
@@ -160,7 +168,14 @@ class TestPlan:
 
 def test_what_may_be_shared():
     shared = {name for name in architectures() if answers(name).splits_batches}
-    assert shared == {"mxd", "mxd_paper", "topk_transcoder", "topk_skip_transcoder", "dense"}
+    assert shared == {
+        "mxd",
+        "mxd_paper",
+        "molt",
+        "topk_transcoder",
+        "topk_skip_transcoder",
+        "dense",
+    }
 
 
 def test_a_stop_at_the_end_of_a_window_of_firings(

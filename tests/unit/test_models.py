@@ -6,7 +6,23 @@ import pytest
 import torch
 from sae_lens.saes.sae import SAEMetadata
 from transformer_lens import HookedTransformer
-from transformers import BloomConfig, BloomForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BloomConfig,
+    BloomForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    OPTForCausalLM,
+    Phi3Config,
+    PhiConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from mxd_lens.models.load import load_model
 from mxd_lens.models.site import Site
@@ -108,7 +124,80 @@ def test_a_bare_hooked_transformer_has_no_hook_to_read_at(tiny_hooked):
         Site.at(HookedTransformer(tiny_hooked.cfg), 1)
 
 
-def test_a_hooked_transformer_reads_no_folder(llama_folder):
-    with pytest.raises(ValueError, match=r"not the folder .*llama': load it as a Transf") as error:
-        load_model(str(llama_folder), "HookedTransformer")
-    assert len(str(error.value)) < 300
+SHAPE = {"intermediate_size": D_MLP, "num_hidden_layers": N_LAYERS, "num_attention_heads": 2}
+SHAPE |= COMMON | {"max_position_embeddings": 32}
+GROUPED = SHAPE | {"num_key_value_heads": 1}
+GPT2 = TOKENS | {"n_embd": D_MODEL, "n_layer": N_LAYERS, "n_head": 2, "n_positions": 32}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 1.0}
+LLAMA3 |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+LINEAR = {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("gpt2", GPT2Config(**GPT2)),
+        ("pythia", GPTNeoXConfig(**SHAPE)),
+        ("pythia", GPTNeoXConfig(**SHAPE, use_parallel_residual=False)),
+        ("llama", LlamaConfig(**SHAPE)),
+        ("llama-3", LlamaConfig(**GROUPED, rope_parameters=LLAMA3)),
+        ("gemma-2-tied", LlamaConfig(**GROUPED, tie_word_embeddings=True)),
+        ("mistral", MistralConfig(**GROUPED, sliding_window=4)),
+        ("qwen2", Qwen2Config(**GROUPED)),
+        ("qwen3", Qwen3Config(**GROUPED, head_dim=16)),
+        ("phi3", Phi3Config(**GROUPED)),
+        ("opt", OPT),
+        ("bloom", BLOOM),
+    ],
+)
+def test_a_hooked_transformer_from_a_folder_is_transformers_model(tmp_path, tokens, name, config):
+    folder = save(AutoModelForCausalLM.from_config(config), tmp_path / name)
+    model = load_model(str(folder), "HookedTransformer")
+    expected = AutoModelForCausalLM.from_pretrained(folder)(tokens).logits
+    close32(model(tokens), expected)
+    assert not model.training and not model.cfg.init_weights
+    assert (model.cfg.model_name, model.cfg.tokenizer_name) == (name, str(folder))
+    ids = AutoTokenizer.from_pretrained(folder)("the cat")["input_ids"]
+    assert model.to_tokens("the cat", prepend_bos=True).tolist() == [[1, *ids]]
+    site = Site.at(model, 1)
+    assert site.read(tokens, site.hooks)[site.hook_out].shape[-1] == D_MODEL
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        (LlamaConfig(**GROUPED, mlp_bias=True), "predicts something else .* differ by"),
+        (LlamaConfig(**GROUPED, rope_parameters=LINEAR), "predicts something else .* differ by"),
+        (LlamaConfig(**GROUPED, head_dim=16), "cannot convert it .*size mismatch"),
+        (GPT2Config(**GPT2, n_inner=D_MLP), "cannot convert it .*size mismatch"),
+        (Gemma2Config(**GROUPED, head_dim=8), "Gemma2ForCausalLM is not currently supported"),
+        (PhiConfig(**SHAPE), "cannot convert it .*partial_rotary_factor"),
+        (
+            Qwen2Config(**GROUPED, use_sliding_window=True, sliding_window=30, max_window_layers=1),
+            "reaches 30 tokens back",
+        ),
+    ],
+)
+def test_a_folder_that_transformerlens_gets_wrong_is_refused(tmp_path, config, why):
+    folder = save(AutoModelForCausalLM.from_config(config), tmp_path / "model")
+    message = f"cannot load the model '{folder}': .*{why}.*: load it as a TransformerBridge$"
+    with pytest.raises(ValueError, match=message) as error:
+        load_model(str(folder), "HookedTransformer")
+    assert len(str(error.value)) < 500
+    load_model(str(folder))
+
+
+def test_weights_of_a_hooked_transformer_in_bfloat16(tmp_path, tokens):
+    folder = save(AutoModelForCausalLM.from_config(GPT2Config(**GPT2)), tmp_path / "gpt2")
+    single, half = (
+        load_model(str(folder), "HookedTransformer", dtype=dtype)
+        for dtype in ("float32", "bfloat16")
+    )
+    assert {p.dtype for p in half.parameters()} == {half.cfg.dtype} == {torch.bfloat16}
+    torch.testing.assert_close(half(tokens).float(), single(tokens), rtol=0.1, atol=0.2)
+
+
+def test_a_folder_without_weights(tmp_path):
+    GPT2Config(**GPT2).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"cannot load the model '{tmp_path}': .*no file named"):
+        load_model(str(tmp_path), "HookedTransformer")

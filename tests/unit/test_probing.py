@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -7,8 +8,16 @@ from scipy import sparse
 from scipy.optimize import minimize
 from sklearn import metrics
 
-from mxd_lens.analysis.probing import pool_layer, pool_neurons, probe, split_texts, summarise
-from mxd_lens.data.reading import TextActivations, text_activations
+from mxd_lens.analysis.probing import (
+    labelled_activations,
+    pool_layer,
+    pool_neurons,
+    probe,
+    split_texts,
+    summarise,
+)
+from mxd_lens.data.labelled import load_labelled
+from mxd_lens.data.reading import TextActivations, text_activations, word_activations
 from mxd_lens.models.site import Site
 
 from ..conftest import SENTENCES
@@ -57,6 +66,47 @@ def test_the_model_is_run_no_further_than_the_hook(tiny_bridge):
     tiny_bridge.blocks[2].register_forward_hook(lambda *_: ran.append(2))
     text_activations(Site.at(tiny_bridge, 1), SENTENCES)
     assert not ran
+
+
+def test_words_are_read_at_their_last_token(tiny_bridge):
+    """In a text cut at the context's end, and after a special token inside."""
+    site, texts = Site.at(tiny_bridge, 1), ["the cat </s> sat on a dog", "fish " * 40, "one dog"]
+    words = [(texts[0], 7), (texts[0], 16), (texts[1], 4), (texts[1], 199), (texts[2], 7)]
+    words.append((texts[2], 3))
+    activations, read = word_activations(site, *zip(*words, strict=True), context_size=N_CTX)
+    assert read == [0, 1, 2, 4, 5] and activations.text.tolist() == [0, 1, 2, 3, 4]
+    for row, word in enumerate(read):
+        text, end = words[word]
+        tokens = tiny_bridge.to_tokens(text)[:, :N_CTX]
+        at = len(tiny_bridge.to_tokens(text[:end])[0]) - 1
+        cache = tiny_bridge.run_with_cache(tokens, names_filter=list(site.hooks))[1]
+        for hook in site.hooks:
+            torch.testing.assert_close(activations.at[hook][row], cache[hook][0, at])
+
+
+def test_labelled_words_are_probed_as_texts_of_one_token(tiny_bridge, tmp_path):
+    path, site = str(tmp_path / "words.jsonl"), Site.at(tiny_bridge, 1)
+    words = [["the", "cat", "sat"], ["one", "dog", "sat"], ["fish", "ran"], ["a", "cat", "ran"]]
+    labels = [["O", "animal", "verb"], ["O", "animal", "verb"], ["animal", "verb"]]
+    labels.append(["O", "animal", "verb"])
+    rows = [{"tokens": of_text, "tags": tags} for of_text, tags in zip(words, labels, strict=True)]
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match="only 3 different texts of class 'O'"):
+        load_labelled(path, text_column="tokens", label_column="tags", n_texts=12)
+    rows.append({"tokens": ["the", "dog"], "tags": ["O", "animal"]})
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = load_labelled(path, text_column="tokens", label_column="tags", n_texts=12)
+    assert sorted(data["label"]) == ["O"] * 4 + ["animal"] * 4 + ["verb"] * 4
+    is_animal = [
+        text[:end].split()[-1] in ("cat", "dog", "fish")
+        for text, end in zip(data["text"], data["end"], strict=True)
+    ]
+    assert is_animal == [label == "animal" for label in data["label"]]
+    activations, labels = labelled_activations(site, data, context_size=N_CTX)
+    assert labels == data["label"][:] and activations.n_texts == 12
+    mxd = random_layer("mxd")
+    expected = mxd.encode(activations.at[HOOK_IN]).detach().numpy()
+    np.testing.assert_allclose(pool_layer(mxd, activations).toarray(), expected, rtol=1e-5)
 
 
 def test_long_texts_are_pooled_in_chunks():

@@ -17,7 +17,9 @@ from mxd_lens.runs.results import VERSION, read_rows
 from ..helpers import GATE, ROW, write_comparison, write_run
 
 HOSTILE = '</script><img src=x onerror="window.pwned=1"><!--data--> & %{x} \u2028'
-CONTROL = dict.fromkeys([*GATE, "k", "l0", "alive_fraction", "always_on", "experts_cosine"])
+OF_EXPERTS = ("l0", "alive_fraction", "always_on", "experts_cosine", "share", "share_interval")
+OF_EXPERTS += ("jacobian_gate_share", "jacobian_gate_cosine")
+CONTROL = dict.fromkeys([*GATE, "k", *OF_EXPERTS])
 CONTROL |= {"architecture": "dense", "ce_increase": 0.125}
 """What a row of a control has else."""
 TEXTS = [
@@ -253,6 +255,16 @@ class TestWhatIsThere:
         figure = Page(write_report(run)).figure_with("perplexity")
         assert {trace["name"] for trace in figure["data"]} == {"MxD", "unsteered"}
 
+    def test_how_it_was_steered_is_said(self, whole, tmp_path):
+        assert "temperature 0.9, from “So”. Steered by the unit's direction." in whole.text
+        run = write_whole(tmp_path / "paper")
+        steering = steering_file() | {"edit": "paper", "top_p": 0.1}
+        write_json(run / "steering.json", {"version": VERSION} | steering)
+        page = Page(write_report(run))
+        assert "temperature 0.9 and top_p 0.1, from “So”. Steered as in arXiv" in page.text
+        names = {trace["name"] for trace in page.figure_with("perplexity")["data"]}
+        assert names == {"MxD", "unsteered"}  # the other run was steered otherwise
+
     def test_experts(self, whole):
         data = whole.data
         assert data["texts"] == TEXTS
@@ -319,8 +331,11 @@ class TestComparison:
 
     def test_every_number_is_in_the_tables_and_nothing_is_where_there_is_none(self, compared):
         page = compared({}, CONTROL)
-        for value in filter(None, ROW.values()):
-            assert (f"{value:.5g}" if isinstance(value, float) else str(value)) in page.text
+        lists = ("by_frequency", "by_position", "sequences")
+        for value in filter(None, (ROW[name] for name in ROW if name not in lists)):
+            for number in value if isinstance(value, list) else [value]:
+                shown = f"{number:.5g}" if isinstance(number, float) else str(number)
+                assert shown in page.text
         assert "None" not in page.text and "nan" not in page.text.split("All numbers")[0]
 
     def test_of_a_control_alone(self, compared):
@@ -350,8 +365,8 @@ class TestComparison:
 
 def test_a_layer_without_a_gate(tmp_path):
     control, path = ROW | CONTROL, tmp_path / "results.html"
-    assert comparison_table([ROW, control]).splitlines()[3].count(" - ") == 4
-    assert len(table(control).splitlines()) == 7
+    assert comparison_table([ROW, control]).splitlines()[3].count(" - ") == 3
+    assert len(table(control).splitlines()) == 9
     write_run_page(path, control, None)
     (figure,) = Page(path).figures
     assert figure["data"][0]["y"] == ["replaced", "MLP removed"]

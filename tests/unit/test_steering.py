@@ -14,6 +14,7 @@ from mxd_lens.analysis import judge
 from mxd_lens.analysis.embedding import coherence
 from mxd_lens.analysis.judge import Judge
 from mxd_lens.analysis.steering import (
+    PAPER,
     calibrate_strength,
     evaluate_steering,
     generate_steered,
@@ -26,7 +27,7 @@ from ..conftest import N_VOCAB
 from ..helpers import close32 as close
 from ..helpers import random_layer
 
-LAYERS = ["mxd", "jumprelu_mxd", "topk_transcoder", "topk_skip_transcoder", "topk"]
+LAYERS = ["mxd", "jumprelu_mxd", "molt", "topk_transcoder", "topk_skip_transcoder", "topk"]
 ACTS = "blocks.1.mlp.hook_sae_acts_post"
 EXPERTS = [5, 17, 30]
 AMOUNTS = torch.tensor([0.7, -1.3, 2.0])
@@ -315,10 +316,12 @@ def test_directions_and_strengths_are_those_asked_for(name):
         found = layer.run_with_hooks(x, fwd_hooks=[("hook_sae_acts_post", add_amount)])
         close((found - layer(x)).norm(dim=-1).mean(), torch.tensor(0.5 * y_norm))
         plain = layer.W_dec[expert]
+        most = (x @ layer.W_enc[:, expert] + layer.b_enc[expert]).sort(descending=True)[1][:32]
         if "mxd" in name:
-            most = (x @ layer.W_enc[:, expert] + layer.b_enc[expert]).sort(descending=True)[1][:32]
             plain = torch.stack([layer.hidden(x[i]) @ layer.expert_weights(expert) for i in most])
             plain = plain.mean(0)
+        if name == "molt":
+            plain = torch.stack([x[i] @ layer.transform(expert) for i in most]).mean(0)
         close(row, plain)
     amounts = calibrate_strength(layer, experts, 0.5, x, y_norm, directions=directions)
     close((amounts[:, None] * directions).norm(dim=-1), torch.full((3,), 1.5))
@@ -390,6 +393,60 @@ def test_samples_are_the_seeds(writer, mxd):
     assert not any(token in text for token in special for text in itertools.chain(*samples))
 
 
+def tokens_of(writer, text):
+    """Ids of a text without special tokens."""
+    return writer.to_tokens(text, prepend_bos=False)[0].tolist()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("top_p", [0.05, 0.4, 0.8])
+def test_only_the_nucleus_is_sampled(writer, mxd, top_p):
+    def sampled(**options):
+        options |= {"prompt": PROMPT, "n_samples": 300, "n_tokens": 1}
+        (samples,) = generate_steered(writer, mxd, [5], torch.zeros(1), **options)
+        return {tokens_of(writer, sample)[0] for sample in samples}
+
+    logits = writer(writer.to_tokens(PROMPT))[0, -1].index_fill(0, torch.tensor([1, 2]), -torch.inf)
+    by_rank = sorted(enumerate(logits.softmax(-1).tolist()), key=lambda pair: -pair[1])
+    nucleus, together = {}, 0.0
+    for token, probability in by_rank:
+        if together > top_p:
+            break
+        nucleus[token] = probability
+        together += probability
+    found = sampled(top_p=top_p)
+    assert found <= nucleus.keys()
+    assert found >= {token for token, p in nucleus.items() if p / together > 0.05}
+    assert not sampled() <= nucleus.keys() and sampled() == sampled(top_p=1.0)
+
+
+@torch.no_grad()
+def test_the_papers_edit_is_a_hook_on_the_activations_of_a_layer_in_the_mlps_place(writer, layer):
+    """+100 at every token, no error term, and a token's logit falls by 1 each time it occurred."""
+
+    def raise_unit(acts, hook):
+        return acts + 100 * torch.eye(40)[17]
+
+    tokens = writer.to_tokens(PROMPT)
+    n_prompt = tokens.shape[1]
+    with writer.saes([layer]):
+        (hook,) = (n for n in writer.hook_dict if n.endswith("hook_sae_acts_post"))
+        for _ in range(8):
+            logits = writer.run_with_hooks(tokens, fwd_hooks=[(hook, raise_unit)])[0, -1]
+            logits[[1, 2]] = -torch.inf
+            for token in tokens[0]:
+                logits[token] -= 1
+            tokens = torch.cat([tokens, logits.argmax()[None, None]], dim=1)
+    expected = tokens[0, n_prompt:].tolist()
+    options = PAPER | {"prompt": PROMPT, "n_tokens": 8, "top_p": 1e-6}
+    (samples,) = generate_steered(writer, layer, [17], torch.tensor([100.0]), **options)
+    assert [tokens_of(writer, sample) for sample in samples] == [expected] * 10
+    (plain,) = generate_steered(
+        writer, layer, [17], torch.tensor([100.0]), **options | {"paper": False}
+    )
+    assert tokens_of(writer, plain[0]) != expected
+
+
 def test_more_tokens_than_the_model_reads(writer, mxd):
     with pytest.raises(ValueError, match=r"n_tokens=40 after .* model reads 32"):
         generate_steered(writer, mxd, [5], torch.ones(1), prompt=PROMPT, n_tokens=40)
@@ -446,7 +503,7 @@ def evaluate(tiny_bridge):
 
     def generate(rows, **more):
         amounts = torch.tensor([row["amount"] for row in rows])
-        return generate_steered(lm, mxd, [5, 17], amounts, **options, **more)
+        return generate_steered(lm, mxd, [5, 17], amounts, **options | more)
 
     def evaluate(strengths, experts=(5, 17), **more):
         more = {"judge": score, **options, **more}
@@ -460,8 +517,8 @@ def test_a_row_for_each_expert_and_strength(evaluate):
     saved = []
     result = evaluate([0.5, 2.0], name="ours", save=lambda r: saved.append(json.dumps(r)))
     settings = {"edit": "activation", "prompt": PROMPT, "n_samples": 3, "n_tokens": 4}
-    settings |= {"temperature": 1.0, "seed": 0}
-    assert {key: result[key] for key in list(result)[:6]} == settings
+    settings |= {"temperature": 1.0, "top_p": None, "seed": 0}
+    assert {key: result[key] for key in list(result)[:7]} == settings
     assert result["unsteered"].keys() == {"coherence", "perplexity"}
     rows = result["rows"]
     assert [(r["name"], r["expert"], r["strength"]) for r in rows] == [
@@ -487,6 +544,31 @@ def test_rows_of_directions(evaluate):
         evaluate([3.0], done=result)
 
 
+def test_the_paper_adds_its_strengths_as_they_are(evaluate):
+    paper = PAPER | {"prompt": PROMPT, "n_tokens": 4}
+    result = evaluate([100.0, -20.0], **paper)
+    assert {name: result[name] for name in ("edit", "top_p", "n_samples")} == {
+        "edit": "paper", "top_p": 0.1, "n_samples": 10
+    }  # fmt: skip
+    assert [row["amount"] for row in result["rows"]] == [100.0, 100.0, -20.0, -20.0]
+    expected = evaluate.generate(result["rows"][:2], **paper)
+    assert [row["samples"] for row in result["rows"][:2]] == expected
+    assert evaluate([100.0], done=result, **paper) == result
+    with pytest.raises(ValueError, match="goes without directions"):
+        evaluate([100.0], directions=torch.randn(2, 16), **paper)
+
+
+def test_strengths_need_what_calibrates_them(tiny_bridge, mxd):
+    with pytest.raises(ValueError, match="by x and y_norm: give both, or paper=True"):
+        evaluate_steering(tiny_bridge, mxd, [5], [1.0])
+
+
+def test_any_callable_is_a_judge(evaluate):
+    result = evaluate([0.5], n_samples=1, judge=lambda samples: {"length": len(samples[0])})
+    assert result["unsteered"].keys() == {"length"}
+    assert all(row["length"] == len(row["samples"][0]) for row in result["rows"])
+
+
 def test_an_evaluation_goes_on_where_it_stopped(evaluate):
     first = evaluate([0.5], experts=[5])
     first["rows"][0]["perplexity"] = 7.0
@@ -499,7 +581,7 @@ def test_an_evaluation_goes_on_where_it_stopped(evaluate):
     with pytest.raises(ValueError, match="made with other n_tokens"):
         evaluate([0.5], done=first, n_tokens=5)
     with pytest.raises(ValueError, match="n_samples=1: coherence needs at least 2"):
-        evaluate([0.5], n_samples=1)
+        evaluate([0.5], n_samples=1, judge=None)
 
 
 def test_coherence_is_the_mean_cosine_of_pairs():

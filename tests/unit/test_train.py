@@ -14,6 +14,7 @@ from mxd_lens import MxD, TopKSkipTranscoder, TopKTranscoder, evaluate, train
 from mxd_lens.data.activations import NonFiniteActivations
 from mxd_lens.data.stream import Part, Stream
 from mxd_lens.layers.dense import Dense
+from mxd_lens.layers.molt import MOLT
 from mxd_lens.models.site import Site
 from mxd_lens.startup import Interrupted, raise_on_signals
 
@@ -44,6 +45,7 @@ def test_pairs_are_the_mlps_input_and_output_without_special_tokens(tiny_bridge,
         ({}, MxD),
         ({"architecture": "mxd_paper"}, MxD),
         ({"architecture": "dense", "d_sae": 32}, Dense),
+        ({"architecture": "molt", "sae_options": '{"rank": 2}'}, MOLT),
         ({"architecture": "topk_transcoder"}, TopKTranscoder),
         ({"architecture": "topk_skip_transcoder"}, TopKSkipTranscoder),
         ({"architecture": "topk"}, TopKSAE),
@@ -70,7 +72,7 @@ def test_training_saves_a_layer_plain_saelens_loads(
     assert not (cfg.layer_path.parent / "checkpoints").exists()
 
 
-LEARNED = ["mxd", "topk_transcoder", "topk_skip_transcoder", "topk", "dense"]
+LEARNED = ["mxd", "molt", "topk_transcoder", "topk_skip_transcoder", "topk", "dense"]
 
 
 @pytest.mark.parametrize("architecture", LEARNED)

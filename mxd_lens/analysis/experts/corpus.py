@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from mxd_lens.data.reading import read_texts, tokenize
 from mxd_lens.data.text import Text
+from mxd_lens.data.tokens import TOKENS, Sequences, is_tokenized
 from mxd_lens.layers import layer_of
 from mxd_lens.models.site import Site
 
@@ -62,28 +63,30 @@ class Corpus:
 def read_corpus(
     site: Site, texts: Sequence[str] | Text, n_tokens: int, context_size: int
 ) -> Corpus:
-    """Tokenize the first texts that have n_tokens non-special tokens in all; each text once.
+    """Tokenize the first texts that have n_tokens non-special tokens in all; each text once. Of a
+    text that was tokenized before, each sequence is one.
 
     Raises:
         ValueError: fewer than 10 different texts have a non-special token.
     """
     model = site.model
-    rows: Any = texts
-    if isinstance(texts, Dataset | IterableDataset):
-        rows = (row["text"] for row in rows)
-    tokens: dict[str, Tensor] = {}
+    tokens: dict[str | bytes, Tensor] = {}
     ordinary: list[Tensor] = []
     n = 0
     with tqdm(desc="Tokenizing", total=n_tokens, unit="tok") as progress:
-        for text in rows:
+        for text in _rows(model, texts):
             if n >= n_tokens:
                 break
-            if text in tokens:
+            name = text if isinstance(text, str) else text.tobytes()
+            if name in tokens:
                 continue
-            of_text = tokenize(model, text, context_size)
+            if isinstance(text, str):
+                of_text = tokenize(model, text, context_size)
+            else:
+                of_text = torch.from_numpy(text[:context_size])
             kept = of_text[site.non_special(of_text)]
             if len(kept):
-                tokens[text] = of_text
+                tokens[name] = of_text
                 ordinary.append(kept)
                 n += len(kept)
                 progress.update(len(kept))
@@ -103,6 +106,18 @@ def read_corpus(
         np.repeat(np.arange(len(lengths)), lengths),
         np.concatenate([[0], np.cumsum(lengths)]),
     )
+
+
+def _rows(model: Any, texts: Sequence[str] | Text) -> Iterator[str | Int[np.ndarray, "pos"]]:
+    """Each text, or its tokens."""
+    if not isinstance(texts, Dataset | IterableDataset):
+        yield from texts
+    elif is_tokenized(texts):
+        yield from (row[TOKENS] for row in Sequences(texts, model, 1))
+    else:
+        row: Any
+        for row in texts:
+            yield row["text"]
 
 
 def token_strings(tokenizer: Any, ids: Sequence[int]) -> list[str]:

@@ -57,8 +57,9 @@ def inspect_experts(
 
     Args:
         model: the language model, unspliced, that `sae.cfg.metadata` names the hooks of.
-        texts: documents, or a data set of them in a column ``text``. Each is read by itself,
-            after a BOS token; special tokens and repeated documents are left out.
+        texts: documents, or a data set of them in a column ``text``, or of sequences of tokens in
+            ``input_ids``. Each is read by itself, after a BOS token; special tokens and repeated
+            documents are left out.
         n_tokens: read the first documents that have so many non-special tokens; all, if fewer.
         context_size: tokens of a document that are read, BOS included.
         lm_batch_size: documents per pass of the language model.

@@ -1,0 +1,233 @@
+"""Train layers that are in place together on what the original model predicts: end to end.
+
+Alone, each layer is trained on the original's activations; together, each reads what the others
+have made of the residual stream. The language model is frozen, and each layer keeps its k.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from sae_lens.constants import RUNNER_CFG_FILENAME
+from sae_lens.saes.sae import SAE
+from safetensors.torch import load_model, save_model
+from simple_parsing import field as argument
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from mxd_lens.analysis.joint import evaluate_jointly, hooks_in_place, sites_of
+from mxd_lens.data.activations import activations_store
+from mxd_lens.data.reading import read_heldout
+from mxd_lens.data.text import Text
+from mxd_lens.fields import Count, Name, NotNegative, PathStr, Positive, Seed, config
+from mxd_lens.files import claim, locked, read_json, whole, write_json
+from mxd_lens.layers.base import pair_loss
+from mxd_lens.models.site import Site
+from mxd_lens.runs.config import TrainConfig, values
+from mxd_lens.runs.replacement import chosen_runs
+from mxd_lens.runs.results import load_layer
+from mxd_lens.runs.train import Stopped, stopping
+
+SETTINGS_FILENAME, STATE_FILENAME = "finetune.json", "finetuning"
+"""Of the output folder: what decides the layers; and where an interrupted run goes on from."""
+TUNED_FILENAME = "finetuned.json"
+"""`evaluate_jointly` of all layers ``before`` and ``after``."""
+
+
+@config
+class FinetuneConfig:
+    """Train layers that are in place together on what the original model predicts.
+
+    Example: mxd-lens finetune runs/all --architecture mxd --output runs/all-tuned
+    """
+
+    run: PathStr = argument(positional=True, metavar="RUN")
+    """Output folder of `mxd-lens train` or `compare` with layers of several MLPs."""
+    output: PathStr
+    """Folder of the tuned layers, read by all that reads RUN's. The same command resumes."""
+    architecture: Name | None = None
+    """Which of RUN's layers, where it has several for one MLP."""
+    k: Count | None = None
+    """Likewise."""
+    seed: Seed | None = None
+    """Likewise."""
+    training_tokens: Count = 500_000
+    """Tokens to train on; a shorter text is repeated."""
+    lr: Positive = 1e-4
+    """Peak learning rate; it falls to zero."""
+    lm_batch_size: Count = 8
+    """Sequences per step."""
+    reconstruction: NotNegative = 0.0
+    """Weight of each layer's own loss on the original's activations, beside the KL divergence."""
+
+
+def run_finetune(cfg: FinetuneConfig, model: Any = None, dataset: Text | None = None) -> Path:
+    """Tune the layers of a folder; resume, or do nothing where that is done.
+
+    Returns:
+        ``finetuned.json`` in ``cfg.output``, which has a folder for each layer, as a comparison.
+
+    Raises:
+        ValueError: no such layers, or an output folder of something else.
+        Interrupted: a signal came; the same call goes on.
+    """
+    folder = Path(cfg.output)
+    runs = chosen_runs(cfg.run, **values(cfg, ("architecture", "k", "seed")))
+    settings = values(cfg, ("training_tokens", "lr", "lm_batch_size", "reconstruction"))
+    settings["runs"] = [str(Path(run.output).resolve()) for run in runs]
+    path = folder / TUNED_FILENAME
+    with locked(folder):
+        claim(folder, SETTINGS_FILENAME, settings, (STATE_FILENAME, TUNED_FILENAME))
+        done = read_json(path, dict[str, Any]) or {}
+        if "after" in done:
+            return path
+        first = runs[0]
+        dataset = first.load() if dataset is None else dataset
+        train, heldout = first.documents(dataset)
+        model = first.load_model() if model is None else model
+        layers = {run.layer: load_layer(run.layer_path, run.device) for run in runs}
+        options = {"n_sequences": 64, "n_tokens": 64 * first.context_size}
+        site = Site.at(model, first.layer)
+        tokens = read_heldout(site, heldout, **options, **first.reading_heldout).in_model
+        if "before" not in done:
+            done["before"] = evaluate_jointly(model, layers, tokens, [sorted(layers)])
+            write_json(path, done)
+        tuning = Tuning(cfg, model, layers, first)
+        tuning.fit(train, folder / STATE_FILENAME)
+        for run in runs:
+            _save(run, layers[run.layer], folder / Path(run.output).name)
+        done["after"] = evaluate_jointly(model, layers, tokens, [sorted(layers)])
+        write_json(path, done)
+        shutil.rmtree(folder / STATE_FILENAME, ignore_errors=True)
+    return path
+
+
+def _save(run: TrainConfig, sae: SAE[Any], folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    shutil.copy2(Path(run.output) / RUNNER_CFG_FILENAME, folder / RUNNER_CFG_FILENAME)
+    shutil.rmtree(folder / "layer", ignore_errors=True)
+    with whole(folder / "layer") as unfinished:
+        sae.save_model(unfinished)
+
+
+class Tuning:
+    """Layers, in place together, and their optimizer.
+
+    Args:
+        layers: by MLP; trained in place.
+        reading: a run whose context size and precision the model is read with.
+    """
+
+    def __init__(
+        self, cfg: FinetuneConfig, model: Any, layers: Mapping[int, SAE[Any]], reading: TrainConfig
+    ):
+        self.cfg, self.model, self.layers, self.reading = cfg, model, layers, reading
+        self.sites = sites_of(model, layers)
+        parameters = [p for sae in layers.values() for p in sae.parameters()]
+        self.optimizer = torch.optim.Adam(parameters, lr=cfg.lr, fused=True)
+        self.steps = max(1, cfg.training_tokens // (cfg.lm_batch_size * reading.context_size))
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: 1 - step / self.steps
+        )
+        self.parameters, self.step = parameters, 0
+
+    def fit(self, text: Text, state: Path) -> None:
+        """Train on the text, from the state in a folder if there is one; raises Interrupted when a
+        signal comes, the state saved."""
+        self._load(state)
+        store = activations_store(
+            list(self.sites.values()),
+            text,
+            context_size=self.reading.context_size,
+            batch_size=self.cfg.lm_batch_size * self.reading.context_size,
+            lm_batch_size=self.cfg.lm_batch_size,
+            autocast_lm=False,
+        )
+        for _ in range(self.step):
+            store.get_batch_tokens(move_to_model_device=False)
+        stop: list[int] = []
+        frozen = [p for p in self.model.parameters() if p.requires_grad]
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        try:
+            with (
+                stopping(stop),
+                tqdm(desc="Tuning", total=self.steps, initial=self.step, unit="step") as progress,
+            ):
+                while self.step < self.steps:
+                    kl = self.train_on(store.get_batch_tokens())
+                    progress.set_postfix(kl=f"{kl:.4f}")
+                    progress.update()
+                    if stop:
+                        self._save(state)
+                        raise Stopped("tuning interrupted; the same command goes on", stop[0])
+                    if self.step % max(1, self.steps // 10) == 0:
+                        self._save(state)
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(True)
+
+    def train_on(self, tokens: Int[Tensor, "batch pos"]) -> float:
+        """One step; the mean KL divergence before it, in nats per token."""
+        site = next(iter(self.sites.values()))
+        kept = site.non_special(tokens)
+        pairs = [(site, self.layers[n]) for n, site in self.sites.items()]
+        hooks = [hook for of_layer in pairs for hook in hooks_in_place(*of_layer, kept)]
+        names = [hook for of_site in self.sites.values() for hook in of_site.hooks]
+        lower = torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.reading.autocast)
+        with lower:
+            with torch.no_grad():
+                original, cache = self.model.run_with_cache(
+                    tokens, names_filter=names if self.cfg.reconstruction else [], prepend_bos=False
+                )
+            logits = self.model.run_with_hooks(tokens, fwd_hooks=hooks)
+            kl = divergence(original[:, :-1], logits[:, :-1], kept[:, 1:])
+            loss = kl
+            if self.cfg.reconstruction:
+                losses = []
+                for of_site, sae in pairs:
+                    x, y = (cache[hook][kept].float() for hook in of_site.hooks)
+                    losses.append(pair_loss(sae(x), y))
+                loss = kl + self.cfg.reconstruction * torch.stack(losses).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.schedule.step()
+        self.step += 1
+        return kl.item()
+
+    def _save(self, folder: Path) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        with whole(folder) as unfinished:
+            unfinished.mkdir()
+            for n, sae in self.layers.items():
+                save_model(sae, str(unfinished / f"layer{n}.safetensors"))
+            state = {"optimizer": self.optimizer.state_dict(), "step": self.step}
+            torch.save(state | {"schedule": self.schedule.state_dict()}, unfinished / "state.pt")
+
+    def _load(self, folder: Path) -> None:
+        if not (folder / "state.pt").exists():
+            return
+        state = torch.load(folder / "state.pt", weights_only=True)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.step = state["step"]
+        for n, sae in self.layers.items():
+            load_model(sae, folder / f"layer{n}.safetensors")
+
+
+def divergence(
+    original: Float[Tensor, "batch pos d_vocab"],
+    logits: Float[Tensor, "batch pos d_vocab"],
+    counted: Tensor,
+) -> Float[Tensor, ""]:
+    """Mean KL of the original's prediction to another's, in nats per token, in float32."""
+    p, q = (of[counted.to(of.device)].float().log_softmax(-1) for of in (original, logits))
+    return F.kl_div(q, p, reduction="batchmean", log_target=True)

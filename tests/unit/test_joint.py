@@ -1,0 +1,118 @@
+"""Many layers in place at once, against the spliced model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from sae_lens import SAE
+
+from mxd_lens import ManyConfig, replace, train_many
+from mxd_lens.analysis.joint import evaluate_jointly, spread_evenly
+from mxd_lens.layers.mxd import MxD
+from mxd_lens.models.site import Site
+from mxd_lens.models.splice import splice
+
+from ..conftest import TINY_RUNS
+from ..helpers import placed, random_layer, same
+
+N_LAYERS = 3
+
+
+@pytest.fixture
+def tokens(lm):
+    texts = ["the cat sat on a dog and ran", "one fish ran after a dog that sat"]
+    return [lm.to_tokens(text)[:, :8] for text in texts]
+
+
+def test_numbers_of_layers_double_and_are_spread_over_depth():
+    assert spread_evenly([7]) == [[7]]
+    assert spread_evenly(range(30))[:3] == [[15], [7, 22], [3, 11, 18, 26]]
+    assert [len(subset) for subset in spread_evenly(range(30))] == [1, 2, 4, 8, 16, 30]
+    assert [len(subset) for subset in spread_evenly(range(4))] == [1, 2, 4]
+
+
+@pytest.mark.parametrize("name", ["mxd", "topk_skip_transcoder"])
+def test_what_is_lost_is_what_the_spliced_model_loses(lm, tokens, name):
+    layers = {i: placed(random_layer(name, lm, 0.2), lm, i) for i in range(N_LAYERS)}
+    found = evaluate_jointly(lm, layers, tokens)
+    assert [of_n["layers"] for of_n in found["replaced"]] == [[1], [0, 2], [0, 1, 2]]
+    special, n = Site.at(lm, 0).special, 0
+    losses = [0.0] * 3
+    for batch in tokens:
+        originals = [lm.blocks[i].mlp for i in range(N_LAYERS)]
+        assert (
+            torch.isin(batch[:, 0], special).all() and not torch.isin(batch[:, 1:], special).any()
+        )
+        targets, before = batch[:, 1:, None], lm(batch).log_softmax(-1)[:, :-1]
+        n += targets.numel()
+        for j, of_n in enumerate(found["replaced"]):
+            beside = {i: BesideBos(layers[i], originals[i]) for i in of_n["layers"]}
+            with splice(lm, beside):
+                after = lm(batch).log_softmax(-1)[:, :-1]
+            losses[j] += (before - after).gather(-1, targets).sum().item()
+    expected = [loss / n for loss in losses]
+    assert [of_n["ce_increase"] for of_n in found["replaced"]] == pytest.approx(expected, rel=1e-3)
+    for of_n in found["replaced"]:
+        low, high = of_n["kl_interval"]
+        assert 0 < low <= of_n["kl"] <= high
+    assert found["error"] == sorted(found["error"]) or min(found["error"]) > 0
+
+
+class BesideBos(torch.nn.Module):
+    """A layer in place of an MLP everywhere but at the first token."""
+
+    def __init__(self, layer, mlp):
+        super().__init__()
+        self.layer, self.mlp = layer, mlp
+
+    def forward(self, x):
+        return torch.cat([self.mlp(x[:, :1]), self.layer(x[:, 1:])], dim=1)
+
+
+def test_exact_copies_lose_nothing_together(lm, tokens):
+    layers = {i: placed(MxD.from_mlp(lm.blocks[i].mlp), lm, i) for i in range(N_LAYERS)}
+    found = evaluate_jointly(lm, layers, tokens)
+    for of_n in found["replaced"]:
+        assert [of_n["ce_increase"], of_n["kl"]] == pytest.approx([0, 0], abs=1e-5)
+    assert found["error"] == pytest.approx([0] * N_LAYERS, abs=1e-6)
+
+
+class TestReplace:
+    @pytest.fixture
+    def folder(self, tiny_bridge, documents, tmp_path):
+        options = {"architectures": ["mxd", "dense"], "k": [2], "training_tokens": 64}
+        cfg = ManyConfig(**TINY_RUNS | options | {"layers": [0, 2], "output": str(tmp_path / "a")})
+        train_many(cfg.runs(), tiny_bridge, documents)
+        return tmp_path / "a"
+
+    def test_the_layers_of_a_folder_are_in_place_together(self, folder, tiny_bridge):
+        tokens = tiny_bridge.to_tokens("the cat sat")
+        before = tiny_bridge(tokens)
+        paths = {i: folder / f"layer{i}-mxd-k2-seed0" / "layer" for i in (0, 2)}
+        layers = {i: SAE.load_from_disk(path) for i, path in paths.items()}
+        with splice(tiny_bridge, layers):
+            expected = tiny_bridge(tokens)
+        with replace(tiny_bridge, folder, architecture="mxd"):
+            same(tiny_bridge(tokens), expected)
+        with replace(tiny_bridge, layers):
+            same(tiny_bridge(tokens), expected)
+        same(tiny_bridge(tokens), before)
+        replace(tiny_bridge, folder, architecture="mxd", k=2, seed=0)
+        same(tiny_bridge(tokens), expected)
+
+    def test_which_layers_has_to_be_clear(self, folder, tiny_bridge):
+        with pytest.raises(ValueError, match=r"several layers for one MLP .*dense control.*say w"):
+            replace(tiny_bridge, folder)
+        with pytest.raises(ValueError, match=r"no layer of .*'k': 3.*it has layer 0: MxD"):
+            replace(tiny_bridge, folder, k=3)
+        tiny_bridge.blocks[0].mlp.original_component.up_proj.weight.data += 1
+        with pytest.raises(ValueError, match="begun with another model"):
+            replace(tiny_bridge, folder, architecture="mxd")
+
+
+def test_layers_that_belong_elsewhere(lm, tokens):
+    layer = placed(random_layer("mxd", lm), lm, 1)
+    with pytest.raises(ValueError, match="given for MLP 0 was trained at MLP 1"):
+        evaluate_jointly(lm, {0: layer}, tokens)
+    with pytest.raises(ValueError, match="no layers"):
+        evaluate_jointly(lm, {}, tokens)
