@@ -29,13 +29,16 @@ from mxd_lens.fields import Count, Name, NotNegative, PathStr, Positive, Seed, c
 from mxd_lens.files import claim, locked, read_json, whole, write_json
 from mxd_lens.layers.base import pair_loss
 from mxd_lens.models.site import Site
+from mxd_lens.runs.claims import check_sources
 from mxd_lens.runs.config import TrainConfig, values
 from mxd_lens.runs.replacement import chosen_runs
 from mxd_lens.runs.results import load_layer
 from mxd_lens.runs.train import Stopped, stopping
 
-SETTINGS_FILENAME, STATE_FILENAME = "finetune.json", "finetuning"
-"""Of the output folder: what decides the layers; and where an interrupted run goes on from."""
+SETTINGS_FILENAME = "finetune.json"
+"""Of the output folder: what decides the layers."""
+CHECKPOINTS = "checkpoints"
+"""Where an interrupted run goes on from: a folder for the step it has come to."""
 TUNED_FILENAME = "finetuned.json"
 """`evaluate_jointly` of all layers ``before`` and ``after``."""
 
@@ -83,7 +86,7 @@ def run_finetune(cfg: FinetuneConfig, model: Any = None, dataset: Text | None = 
     settings["runs"] = [str(Path(run.output).resolve()) for run in runs]
     path = folder / TUNED_FILENAME
     with locked(folder):
-        claim(folder, SETTINGS_FILENAME, settings, (STATE_FILENAME, TUNED_FILENAME))
+        claim(folder, SETTINGS_FILENAME, settings, (CHECKPOINTS, TUNED_FILENAME))
         done = read_json(path, dict[str, Any]) or {}
         if "after" in done:
             return path
@@ -91,6 +94,7 @@ def run_finetune(cfg: FinetuneConfig, model: Any = None, dataset: Text | None = 
         dataset = first.load() if dataset is None else dataset
         train, heldout = first.documents(dataset)
         model = first.load_model() if model is None else model
+        check_sources(runs, model, dataset)
         layers = {run.layer: load_layer(run.layer_path, run.device) for run in runs}
         options = {"n_sequences": 64, "n_tokens": 64 * first.context_size}
         site = Site.at(model, first.layer)
@@ -99,12 +103,12 @@ def run_finetune(cfg: FinetuneConfig, model: Any = None, dataset: Text | None = 
             done["before"] = evaluate_jointly(model, layers, tokens, [sorted(layers)])
             write_json(path, done)
         tuning = Tuning(cfg, model, layers, first)
-        tuning.fit(train, folder / STATE_FILENAME)
+        tuning.fit(train, folder / CHECKPOINTS)
         for run in runs:
             _save(run, layers[run.layer], folder / Path(run.output).name)
         done["after"] = evaluate_jointly(model, layers, tokens, [sorted(layers)])
         write_json(path, done)
-        shutil.rmtree(folder / STATE_FILENAME, ignore_errors=True)
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return path
 
 
@@ -137,10 +141,10 @@ class Tuning:
         )
         self.parameters, self.step = parameters, 0
 
-    def fit(self, text: Text, state: Path) -> None:
-        """Train on the text, from the state in a folder if there is one; raises Interrupted when a
-        signal comes, the state saved."""
-        self._load(state)
+    def fit(self, text: Text, checkpoints: Path) -> None:
+        """Train on the text, from the newest checkpoint if there is one; raises Interrupted when a
+        signal comes, a checkpoint written."""
+        self._load(checkpoints)
         store = activations_store(
             list(self.sites.values()),
             text,
@@ -165,10 +169,10 @@ class Tuning:
                     progress.set_postfix(kl=f"{kl:.4f}")
                     progress.update()
                     if stop:
-                        self._save(state)
+                        self._save(checkpoints)
                         raise Stopped("tuning interrupted; the same command goes on", stop[0])
                     if self.step % max(1, self.steps // 10) == 0:
-                        self._save(state)
+                        self._save(checkpoints)
         finally:
             for parameter in frozen:
                 parameter.requires_grad_(True)
@@ -204,23 +208,32 @@ class Tuning:
         return kl.item()
 
     def _save(self, folder: Path) -> None:
-        shutil.rmtree(folder, ignore_errors=True)
-        with whole(folder) as unfinished:
+        before = _checkpoints(folder)
+        with whole(folder / str(self.step)) as unfinished:
             unfinished.mkdir()
             for n, sae in self.layers.items():
                 save_model(sae, str(unfinished / f"layer{n}.safetensors"))
             state = {"optimizer": self.optimizer.state_dict(), "step": self.step}
             torch.save(state | {"schedule": self.schedule.state_dict()}, unfinished / "state.pt")
+        for path in before:
+            if path.name != str(self.step):
+                shutil.rmtree(path)
 
     def _load(self, folder: Path) -> None:
-        if not (folder / "state.pt").exists():
+        if not (found := _checkpoints(folder)):
             return
-        state = torch.load(folder / "state.pt", weights_only=True)
+        state = torch.load(found[-1] / "state.pt", weights_only=True)
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.step = state["step"]
         for n, sae in self.layers.items():
-            load_model(sae, folder / f"layer{n}.safetensors")
+            load_model(sae, found[-1] / f"layer{n}.safetensors")
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """The newest last."""
+    found = [path.parent for path in folder.glob("*/state.pt") if path.parent.name.isdigit()]
+    return sorted(found, key=lambda path: int(path.name))
 
 
 def divergence(

@@ -54,7 +54,7 @@ def test_layers_predict_more_like_the_original(make, tiny_bridge, documents, tmp
     lost = [found[when]["replaced"][-1]["kl"] for when in ("before", "after")]
     assert lost[1] < 0.8 * lost[0]
     runs = finished_runs(path.parent, one_mlp=False)
-    assert [run.layer for run in runs] == [0, 2] and not (path.parent / "finetuning").exists()
+    assert [run.layer for run in runs] == [0, 2] and not (path.parent / "checkpoints").exists()
     layers = {run.layer: load_layer(run.layer_path) for run in runs}
     assert {sae.cfg.k for sae in layers.values()} == {2}
     same(weights(tmp_path / "all"), before)
