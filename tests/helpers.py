@@ -224,3 +224,14 @@ def random_layer(architecture: str, model: Any = None, size: float = 0.5, **opti
     layer = cls(cfg_class(**{name: value for name, value in shape.items() if name in known}))
     randomise(layer, size)
     return layer
+
+
+class BesideBos(torch.nn.Module):
+    """A layer in place of an MLP everywhere but at the first token."""
+
+    def __init__(self, layer: Any, mlp: torch.nn.Module):
+        super().__init__()
+        self.layer, self.mlp = layer, mlp
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.mlp(x[:, :1]), self.layer(x[:, 1:])], dim=1)

@@ -59,6 +59,8 @@ class InModel:
         self.layer, self.site, self.heldout = layer, site, heldout
         self._mean, self._generator = mean_sparse, torch.Generator().manual_seed(seed)
         self._measures_shared = not heldout.shared
+        mlp = get_mlp(site.model, site.layer)
+        self._copy = MxD.from_mlp(mlp) if self._measures_shared else None
         n = 5 + 3 * layer.has_experts + self._measures_shared
         self._progress = tqdm(total=len(heldout.in_model) * n, desc="Measuring the model")
         with self._progress:
@@ -116,11 +118,10 @@ class InModel:
             for name, ablate in zip(GATES, self._ablations(), strict=True):
                 edit = (layer.sparse_hook, lambda sparse, hook, ablate=ablate: ablate(sparse))
                 found[name] = ce(run(kept, sae.run_with_hooks(x[here], fwd_hooks=[edit])))
-        if self._measures_shared:
+        if self._copy is not None:
             found["ce_zero_ablation"] = ce(run(kept, torch.zeros_like(y[here])))
-            copy = MxD.from_mlp(get_mlp(model, site.layer))
             of_mlp = cache[site.mlp_in]
-            exact = run(kept, copy(of_mlp[kept.to(of_mlp.device)].to(copy.device)))
+            exact = run(kept, self._copy(of_mlp[kept.to(of_mlp.device)].to(self._copy.device)))
             found |= {"ce_floor": ce(exact), "kl_floor": kl(exact)}
         return found
 

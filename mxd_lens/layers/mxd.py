@@ -231,14 +231,10 @@ class TrainingMxD(MxD, TrainingSparseLayer):
             self.W_aux = nn.Parameter(self._zeros(self.cfg.d_sae, self.cfg.d_out))
             self.b_aux = nn.Parameter(self._zeros(self.cfg.d_out))
 
-    @torch.no_grad()
-    def steering_directions(
-        self, units: Int[Tensor, "n"], x: Float[Tensor, "tokens d_in"]
-    ) -> Float[Tensor, "n d_out"]:
-        """As the saved layer's: W_aux, if there is one."""
-        if self.cfg.write_directions:
-            return self.W_aux[units].clone()
-        return super().steering_directions(units, x)
+    @property
+    def W_write(self) -> Tensor:  # type: ignore[override]
+        """W_aux, as the saved layer has it."""
+        return self.W_aux
 
     @torch.no_grad()
     def init_from(

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from sae_lens.constants import RUNNER_CFG_FILENAME
 from sae_lens.saes.sae import SAE
 from safetensors.torch import load_model, save_model
@@ -21,6 +20,7 @@ from simple_parsing import field as argument
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from mxd_lens.analysis.in_model import divergences
 from mxd_lens.analysis.joint import evaluate_jointly, hooks_in_place, sites_of
 from mxd_lens.data.activations import activations_store
 from mxd_lens.data.reading import read_heldout
@@ -191,14 +191,15 @@ class Tuning:
                     tokens, names_filter=names if self.cfg.reconstruction else [], prepend_bos=False
                 )
             logits = self.model.run_with_hooks(tokens, fwd_hooks=hooks)
-            kl = divergence(original[:, :-1], logits[:, :-1], kept[:, 1:])
+            counted = kept[:, 1:].cpu()
+            kl = (divergences(original, logits) * counted).sum() / counted.sum()
             loss = kl
             if self.cfg.reconstruction:
                 losses = []
                 for of_site, sae in pairs:
                     x, y = (cache[hook][kept].float() for hook in of_site.hooks)
                     losses.append(pair_loss(sae(x), y))
-                loss = kl + self.cfg.reconstruction * torch.stack(losses).mean()
+                loss = kl + self.cfg.reconstruction * torch.stack(losses).mean().cpu()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
@@ -234,13 +235,3 @@ def _checkpoints(folder: Path) -> list[Path]:
     """The newest last."""
     found = [path.parent for path in folder.glob("*/state.pt") if path.parent.name.isdigit()]
     return sorted(found, key=lambda path: int(path.name))
-
-
-def divergence(
-    original: Float[Tensor, "batch pos d_vocab"],
-    logits: Float[Tensor, "batch pos d_vocab"],
-    counted: Tensor,
-) -> Float[Tensor, ""]:
-    """Mean KL of the original's prediction to another's, in nats per token, in float32."""
-    p, q = (of[counted.to(of.device)].float().log_softmax(-1) for of in (original, logits))
-    return F.kl_div(q, p, reduction="batchmean", log_target=True)

@@ -10,15 +10,16 @@ import torch
 from sae_lens import SAE
 
 from mxd_lens import ManyConfig, train_many
+from mxd_lens.analysis.in_model import divergences
 from mxd_lens.models.splice import splice
 from mxd_lens.runs import finetune
 from mxd_lens.runs.config import finished_runs
-from mxd_lens.runs.finetune import FinetuneConfig, Tuning, divergence, run_finetune
+from mxd_lens.runs.finetune import FinetuneConfig, Tuning, run_finetune
 from mxd_lens.runs.results import load_layer
 from mxd_lens.startup import Interrupted
 
 from ..conftest import TINY_RUNS
-from ..helpers import same
+from ..helpers import BesideBos, same
 
 
 @pytest.fixture
@@ -72,22 +73,12 @@ def test_the_loss_is_the_spliced_models(make, folder, tiny_bridge):
     with splice(tiny_bridge, inside):
         replaced = tiny_bridge(tokens).log_softmax(-1)
     expected = (original.exp() * (original - replaced)).sum(-1)[0, :-1].mean()
-    counted = torch.ones(1, tokens.shape[1] - 1).bool()
     torch.testing.assert_close(
-        divergence(original[:, :-1], replaced[:, :-1], counted), expected, rtol=1e-3, atol=1e-6
+        divergences(original, replaced).mean(), expected, rtol=1e-3, atol=1e-6
     )
     tuning = Tuning(make(reconstruction=0.5), tiny_bridge, layers, runs[0])
     assert tuning.train_on(tokens) == pytest.approx(expected.item(), rel=1e-3)
     assert tuning.train_on(tokens) < expected.item()
-
-
-class BesideBos(torch.nn.Module):
-    def __init__(self, layer, mlp):
-        super().__init__()
-        self.layer, self.mlp = layer, mlp
-
-    def forward(self, x):
-        return torch.cat([self.mlp(x[:, :1]), self.layer(x[:, 1:])], dim=1)
 
 
 def test_what_is_interrupted_goes_on(make, tiny_bridge, documents, monkeypatch, tmp_path):
