@@ -120,9 +120,10 @@ def test_a_rank_that_is_killed_ends_all_and_the_runs_go_on_with_another_number(r
         same(weights(tmp_path / "killed" / path.name), weights(path))
 
 
-def test_processes_share_a_comparison_and_one_may_be_killed(run_on, tmp_path):
+@pytest.mark.parametrize("n", [2, 4])
+def test_processes_share_a_comparison_and_one_may_be_killed(run_on, tmp_path, n):
     finish(run_on(1, tmp_path / "alone", **MANY))
-    killed, *others = (run_on(1, tmp_path / "shared", **MANY) for _ in range(3))
+    killed, *others = (run_on(1, tmp_path / "shared", **MANY) for _ in range(n))
     until_begun(killed, tmp_path / "shared")
     killed.kill()
     outputs = [finish(process)[0] for process in others]
