@@ -22,6 +22,9 @@ from mxd_lens.models.site import Site
 
 Hook = tuple[str, Callable[..., Any]]
 
+PROMPTS = ("The capital of France is", "Once upon a time there was a", "The opposite of hot is")
+"""That a model with and without its layers goes on from."""
+
 
 def sites_of(model: Any, layers: Mapping[int, SAE[Any]]) -> dict[int, Site]:
     """Where layers belong; ValueError for one whose metadata is not of its MLP, see `Site.of`."""
@@ -126,6 +129,32 @@ def evaluate_jointly(
         "replaced": replaced,
         "error": (errors / n_read).tolist(),
     }
+
+
+@torch.no_grad()
+def continuations(
+    model: Any,
+    layers: Mapping[int, SAE[Any]],
+    prompts: Sequence[str] = PROMPTS,
+    n_tokens: int = 24,
+) -> list[str]:
+    """What the model writes after each prompt with layers in place of their MLPs, the likeliest
+    token each time; without layers, what the original does. ValueError: see `sites_of`."""
+    sites = sites_of(model, layers)
+    written = []
+    for prompt in prompts:
+        tokens = model.to_tokens(prompt)
+        n_prompt = tokens.shape[1]
+        for _ in range(n_tokens):
+            hooks = [
+                hook
+                for number, site in sites.items()
+                for hook in hooks_in_place(site, layers[number], site.non_special(tokens))
+            ]
+            logits = model.run_with_hooks(tokens, fwd_hooks=hooks)
+            tokens = torch.cat([tokens, logits[:, -1:].argmax(-1).to(tokens)], dim=1)
+        written.append(model.tokenizer.decode(tokens[0, n_prompt:]))
+    return written
 
 
 def _stream(model: Any) -> list[str]:

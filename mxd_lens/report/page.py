@@ -72,6 +72,7 @@ def write_joint_page(results: Path) -> None:
         where="many MLPs",
         figures=drawn,
         numbers=tables.joint(rows),
+        written=tables.written(rows),
         data=None,
     )
 

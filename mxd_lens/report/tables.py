@@ -125,6 +125,16 @@ def joint(rows: list[dict[str, Any]]) -> Table:
     return head, lines
 
 
+def written(rows: list[dict[str, Any]]) -> Table:
+    """How the model goes on from each prompt: the original, and with all layers in place."""
+    lines = []
+    for i, of_prompt in enumerate(rows[0]["continuations"]):
+        texts = {"original": of_prompt["original"]}
+        texts |= {layer_label(row): row["continuations"][i]["replaced"] for row in rows}
+        lines += [[of_prompt["prompt"], who, " ".join(t.split())] for who, t in texts.items()]
+    return ["prompt", "all MLPs by", "goes on"], lines
+
+
 def markdown(head: list[str], lines: list[list[str]]) -> str:
     """A table as Markdown."""
     return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *lines])

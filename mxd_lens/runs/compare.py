@@ -21,7 +21,7 @@ from sae_lens.saes.sae import SAE
 
 from mxd_lens.analysis.faithfulness import evaluate
 from mxd_lens.analysis.intervals import worth
-from mxd_lens.analysis.joint import evaluate_jointly
+from mxd_lens.analysis.joint import PROMPTS, continuations, evaluate_jointly
 from mxd_lens.analysis.probing import labelled_activations, pool_layer, probe, summarise
 from mxd_lens.data.labelled import load_labelled
 from mxd_lens.data.reading import Heldout, TextActivations, read_heldout
@@ -46,6 +46,7 @@ from mxd_lens.runs.config import (
 )
 from mxd_lens.runs.results import (
     Comparison,
+    Continuation,
     Joint,
     JointRow,
     Parts,
@@ -300,9 +301,11 @@ def measure_together(folder: Path, text: OtherText, n_sequences: int = 64) -> Pa
     site = Site.at(model, cfg.layer)
     options = {"n_sequences": n_sequences, "n_tokens": n_sequences * cfg.context_size}
     tokens = read_heldout(site, documents, **options, **cfg.reading_heldout).in_model
+    original = continuations(model, {})
     rows = []
     for (architecture, k, seed), of_group in groups.items():
         layers = {run.layer: load_layer(run.layer_path, run.device) for run in of_group}
+        written = zip(PROMPTS, original, continuations(model, layers), strict=True)
         rows.append(
             JointRow(
                 architecture=architecture,
@@ -311,6 +314,7 @@ def measure_together(folder: Path, text: OtherText, n_sequences: int = 64) -> Pa
                 model_name=cfg.model,
                 dataset=text.dataset or f"{cfg.dataset} (held out)",
                 **evaluate_jointly(model, layers, tokens),
+                continuations=[Continuation(*of_prompt) for of_prompt in written],
             )
         )
     path = folder / f"{results_stem(text.dataset).replace('results', 'joint', 1)}.json"

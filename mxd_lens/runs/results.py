@@ -135,6 +135,16 @@ class Replaced:
 
 
 @result
+class Continuation:
+    """What the model writes after a prompt, with all layers in place and without, see
+    `mxd_lens.analysis.joint.continuations`."""
+
+    prompt: str
+    original: str
+    replaced: str
+
+
+@result
 class JointRow:
     """Layers of one architecture, k and seed, put in place together, see `evaluate_jointly`."""
 
@@ -147,6 +157,7 @@ class JointRow:
     ce_tokens: int
     replaced: Annotated[list[Replaced], Field(min_length=1)]
     error: list[float]
+    continuations: list[Continuation]
 
 
 @result

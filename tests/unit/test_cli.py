@@ -1,12 +1,14 @@
 """The commands, on a tiny model saved on disk and a local text file."""
 
 import argparse
+import html
 import json
 import re
 import sys
 
 import pytest
 
+from mxd_lens.analysis.joint import PROMPTS
 from mxd_lens.cli import COMMANDS, main, make_parser
 from mxd_lens.runs.results import Joint, read, read_rows
 
@@ -71,6 +73,9 @@ def test_layers_of_several_mlps_are_put_in_place_at_once(run, tmp_path):
         for of_n in row.replaced:
             assert f"{of_n.ce_increase:.4f} |" in printed
             assert f"<td>{of_n.ce_increase:.4f}</td>" in page
+        assert [text.prompt for text in row.continuations] == list(PROMPTS)
+        for text in row.continuations:
+            assert html.escape(" ".join(text.replaced.split())) in page
 
     tuned, sizes = tmp_path / "tuned", "--architecture mxd --training_tokens 64 --lm_batch_size 4"
     printed = run("finetune", str(folder), "--output", str(tuned), *sizes.split())

@@ -7,7 +7,7 @@ import torch
 from sae_lens import SAE
 
 from mxd_lens import ManyConfig, replace, train_many
-from mxd_lens.analysis.joint import evaluate_jointly, spread_evenly
+from mxd_lens.analysis.joint import continuations, evaluate_jointly, spread_evenly
 from mxd_lens.layers.mxd import MxD
 from mxd_lens.models.site import Site
 from mxd_lens.models.splice import splice
@@ -74,6 +74,23 @@ def test_exact_copies_lose_nothing_together(lm, tokens):
     for of_n in found["replaced"]:
         assert [of_n["ce_increase"], of_n["kl"]] == pytest.approx([0, 0], abs=1e-5)
     assert found["error"] == pytest.approx([0] * N_LAYERS, abs=1e-6)
+
+
+def test_continuations_are_the_spliced_models(lm):
+    prompts = ["the cat sat", "one fish"]
+    assert continuations(lm, {}, prompts, 5) == continuations(
+        lm, {i: placed(MxD.from_mlp(lm.blocks[i].mlp), lm, i) for i in range(N_LAYERS)}, prompts, 5
+    )
+    layers = {i: placed(random_layer("mxd", lm, 0.5), lm, i) for i in range(N_LAYERS)}
+    expected = []
+    with splice(lm, {i: BesideBos(layers[i], lm.blocks[i].mlp) for i in range(N_LAYERS)}):
+        for prompt in prompts:
+            tokens = lm.to_tokens(prompt)
+            n_prompt = tokens.shape[1]
+            for _ in range(5):
+                tokens = torch.cat([tokens, lm(tokens)[:, -1:].argmax(-1)], dim=1)
+            expected.append(lm.tokenizer.decode(tokens[0, n_prompt:]))
+    assert continuations(lm, layers, prompts, 5) == expected != continuations(lm, {}, prompts, 5)
 
 
 class TestReplace:
