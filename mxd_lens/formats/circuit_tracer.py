@@ -30,7 +30,7 @@ from torch import Tensor
 from typing_extensions import NotRequired, TypedDict
 
 from mxd_lens.fields import Count, sentence
-from mxd_lens.files import whole
+from mxd_lens.files import check_new, whole
 from mxd_lens.formats.foreign import build, of_mlp, read_tensors
 from mxd_lens.layers import layer_of
 from mxd_lens.models.load import ModelClass
@@ -78,8 +78,7 @@ def write_circuit_tracer(folder: str | Path, layers: Mapping[int, SAE[Any]]) -> 
         OSError: see `mxd_lens.files.whole`.
     """
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} holds something already: choose another folder")
+    check_new(folder)
     config, ready = _shared_config(layers), {}
     for number, layer in sorted(layers.items()):
         ready[number] = _tensors(number, layer, config.get("k", 0))
@@ -165,9 +164,11 @@ def _activation(number: int, layer: Any) -> str:
 
 
 @torch.no_grad()
-def _tensors(number: int, layer: Any, n_zero: int) -> dict[str, Tensor]:
+def _tensors(number: int, sae: SAE[Any], n_zero: int) -> dict[str, Tensor]:
     """A layer's file, with n_zero features that are always zero after its own."""
-    layer = layer.to_inference() if isinstance(layer, TrainingSAE) else layer
+    layer: Any = sae
+    if isinstance(sae, TrainingSAE):
+        layer = layer.to_inference()
     cfg = layer.cfg
     if cfg.d_in != cfg.d_out:
         raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import pickle
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -73,7 +74,8 @@ def make(architecture: str, layer: int = 0, **options: Any) -> Any:
 def make_training(architecture: str) -> Any:
     """A random layer in training."""
     cls, cfg_class = get_sae_training_class(architecture)
-    layer = cls(cfg_class(d_in=D_MODEL, d_out=D_MODEL, d_sae=N_FEATURES, k=K))
+    width: dict[str, Any] = {"d_in": D_MODEL, "d_out": D_MODEL, "d_sae": N_FEATURES, "k": K}
+    layer = cls(cfg_class(**width | ({"d_hidden": 24} if "mxd" in architecture else {})))
     randomise(layer, 0.5)
     return layer
 
@@ -556,6 +558,85 @@ class TestReference:
             torch.save({"W_enc": torch.zeros(3)} if how == "tensors" else [3], path)
         with pytest.raises(ValueError, match=r"final\.pt is (not read|no checkpoint)"):
             read_layers(path)
+
+
+class StandIn:
+    """delphi's `LatentCache` (`delphi/latents/cache.py`), as far as it calls others."""
+
+    def __init__(
+        self, model: Any, hookpoint_to_sparse_encode: Any, batch_size: int, transcode: bool = False
+    ):
+        self.model, self.encode = model, hookpoint_to_sparse_encode
+        self.batch_size, self.transcode = batch_size, transcode
+        self.found: list[Tensor] = []
+
+    @torch.no_grad()
+    def run(self, n_tokens: int, tokens: Tensor) -> None:
+        seen: dict[str, Tensor] = {}
+        for name in self.encode:
+
+            def hook(module: Any, inputs: Any, output: Any, name: str = name) -> None:
+                seen[name] = inputs[0] if self.transcode else output
+
+            self.model.get_submodule(name).register_forward_hook(hook)
+        for batch in tokens[: n_tokens // tokens.shape[1]].split(self.batch_size):
+            self.model(batch.to(self.model.device))
+            for name, latents in seen.items():
+                acts = self.encode[name](latents)
+                assert (acts.cpu() > 0).sum((0, 1)).shape == acts.shape[2:]
+                self.found.append(acts)
+
+    def save_splits(self, n_splits: int, save_dir: Path) -> None:
+        save_dir.mkdir()
+
+    @property
+    def acts(self) -> Tensor:
+        return torch.cat(self.found)
+
+
+class TestDelphi:
+    LINES = Path(__file__).parents[2] / "docs" / "from-and-to.md"
+
+    @pytest.mark.parametrize("installed", [False, True])
+    @pytest.mark.parametrize("architecture", ["mxd", "batchtopk_mxd", "topk_skip_transcoder"])
+    def test_the_lines_of_the_documentation(
+        self, tmp_path, monkeypatch, llama_folder, tiny_bridge, architecture, installed
+    ):
+        if installed:
+            pytest.importorskip("delphi.latents")
+        else:
+            for name in ("delphi", "delphi.latents"):
+                monkeypatch.setitem(sys.modules, name, ModuleType(name))
+            monkeypatch.setattr(
+                sys.modules["delphi.latents"], "LatentCache", StandIn, raising=False
+            )
+        made = (
+            make_training(architecture) if architecture == "batchtopk_mxd" else make(architecture)
+        )
+        layer = made.to_inference() if architecture == "batchtopk_mxd" else made
+        layer.save_model(tmp_path / "runs" / "mxd" / "layer")
+        monkeypatch.chdir(tmp_path)
+        blocks = re.findall(
+            r"```python\n(.*?)```", self.LINES.read_text(encoding="utf-8"), re.DOTALL
+        )
+        (lines,) = (block for block in blocks if "LatentCache" in block)
+        assert "model.layers.6.mlp" in lines and "HuggingFaceTB/SmolLM2-135M" in lines
+        lines = lines.replace("layers.6.mlp", "layers.1.mlp")
+        lines = lines.replace("HuggingFaceTB/SmolLM2-135M", str(llama_folder))
+        tokens = torch.randint(3, 24, (16, 7))
+        names: dict[str, Any] = {"tokens": tokens}
+        exec(lines, names)
+        _, cache = tiny_bridge.run_with_cache(tokens, prepend_bos=False)
+        expected = layer.codes(cache["blocks.1.mlp.hook_in"]).to_dense()
+        if installed:
+            (locations,) = names["cache"].cache.latent_locations.values()
+            (values,) = names["cache"].cache.latent_activations.values()
+            acts = torch.zeros_like(expected)
+            acts[tuple(locations.T)] = values
+            close32(acts, torch.where(expected > 1e-5, expected, 0))
+            assert list((tmp_path / "latents").rglob("*.safetensors"))
+        else:
+            close32(names["cache"].acts, expected)
 
 
 def test_what_is_read_is_saved_and_loaded(tmp_path, x):
