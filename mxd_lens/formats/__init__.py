@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from sae_lens.constants import SAE_WEIGHTS_FILENAME
 from sae_lens.saes.sae import SAE
 
 from mxd_lens.formats.circuit_tracer import CONFIG_FILENAME, read_circuit_tracer
@@ -26,7 +27,8 @@ def read_layers(
         path: a checkpoint of the paper's code (`read_reference`), a folder of circuit-tracer's
             (`read_circuit_tracer`) or of sparsify's (`read_sparsify`).
         model_name: of the language model; by default what the files say.
-        model_class: of the model that the layers are for, whose hooks their metadata names.
+        model_class: of the model that the layers are for, whose hooks their metadata names; those
+            of the paper's code are for a HookedTransformer.
 
     Raises:
         ValueError: neither of these, or see there.
@@ -36,6 +38,8 @@ def read_layers(
         return read_reference(path, model_name)
     if (path / CONFIG_FILENAME).exists():
         return read_circuit_tracer(path, model_name, model_class)
+    if (path / SAE_WEIGHTS_FILENAME).exists():
+        raise ValueError(f"{path} is in SAELens' format already: SAE.load_from_disk loads it")
     if path.is_dir():
         return read_sparsify(path, model_name, model_class)
     raise ValueError(f"there is no {path}")

@@ -79,17 +79,11 @@ def write_circuit_tracer(folder: str | Path, layers: Mapping[int, SAE[Any]]) -> 
     """
     folder = Path(folder)
     check_new(folder)
-    config, ready = _shared_config(layers), {}
-    for number, layer in sorted(layers.items()):
-        ready[number] = _tensors(number, layer, config.get("k", 0))
-    if len(widths := {len(tensors["b_enc"]) for tensors in ready.values()}) > 1:
-        raise ValueError(
-            f"these layers have {sorted(widths)} features, and circuit-tracer takes layers of one "
-            "width only: train them with the same --d_sae"
-        )
+    config = _shared_config(layers)
     with whole(folder) as unfinished:
         unfinished.mkdir()
-        for number, tensors in ready.items():
+        for number, layer in sorted(layers.items()):
+            tensors = _tensors(layer, config.get("k", 0))
             save_file(tensors, unfinished / f"layer_{number}.safetensors")
         text = yaml.safe_dump(dict(config), sort_keys=False)
         (unfinished / CONFIG_FILENAME).write_text(text, encoding="utf-8")
@@ -104,18 +98,18 @@ def _shared_config(layers: Mapping[int, SAE[Any]]) -> Config:
         )
     kinds = {}
     for number, layer in sorted(layers.items()):
+        activation, cfg = _activation(number, layer), layer.cfg
         _check_place(number, layer)
-        activation = _activation(number, layer)
-        k = layer.cfg.k if activation == "topk" else None
-        kinds[number] = (activation, k, layer.cfg.metadata.model_name)
+        k = cfg.k if activation == "topk" else None
+        kinds[number] = (activation, k, cfg.d_sae, cfg.metadata.model_name)
     if len({*kinds.values()}) > 1:
         other = next(number for number in kinds if kinds[number] != kinds[0])
         raise ValueError(
-            f"circuit-tracer takes layers of one kind, k and model only, and (activation, k, model)"
-            f" is {kinds[0]} for layer 0 and {kinds[other]} for layer {other}: choose among them "
-            "by architecture and k"
+            "circuit-tracer takes layers of one kind, k, width and model only, and (activation, k, "
+            f"d_sae, model) is {kinds[0]} for layer 0 and {kinds[other]} for layer {other}: choose "
+            "among them by architecture and k, or train them alike"
         )
-    activation, k, model_name = kinds[0]
+    activation, k, _, model_name = kinds[0]
     config: Config = {
         "model_kind": "transcoder_set",
         "feature_input_hook": "mlp.hook_in",
@@ -136,6 +130,11 @@ def _check_place(number: int, layer: SAE[Any]) -> None:
     if reads not in (None, f"blocks.{number}.mlp.hook_in") or writes not in outputs:
         raise ValueError(
             f"layer {number} reads {reads} and writes {writes}, not MLP {number}'s input and output"
+        )
+    if layer.cfg.d_in != layer.cfg.d_out:
+        raise ValueError(
+            f"layer {number} has d_in={layer.cfg.d_in} and d_out={layer.cfg.d_out}: "
+            "circuit-tracer's have one width, the model's"
         )
     if metadata.norms_folded:
         raise ValueError(
@@ -164,17 +163,11 @@ def _activation(number: int, layer: Any) -> str:
 
 
 @torch.no_grad()
-def _tensors(number: int, sae: SAE[Any], n_zero: int) -> dict[str, Tensor]:
+def _tensors(sae: SAE[Any], n_zero: int) -> dict[str, Tensor]:
     """A layer's file, with n_zero features that are always zero after its own."""
     layer: Any = sae
     if isinstance(sae, TrainingSAE):
         layer = layer.to_inference()
-    cfg = layer.cfg
-    if cfg.d_in != cfg.d_out:
-        raise ValueError(
-            f"layer {number} has d_in={cfg.d_in} and d_out={cfg.d_out}: circuit-tracer's have one "
-            "width, the model's"
-        )
     weights = {name: weight.detach().cpu() for name, weight in layer.state_dict().items()}
     threshold = weights.pop("threshold", None)
     weights["W_enc"] = weights["W_enc"].T
@@ -184,7 +177,7 @@ def _tensors(number: int, sae: SAE[Any], n_zero: int) -> dict[str, Tensor]:
         weights[name] = torch.cat([weight, zero])
     if threshold is not None:
         weights[THRESHOLD] = threshold.clamp_min(0)  # a ReLU comes before it here
-    return {name: weight.contiguous().clone() for name, weight in weights.items()}
+    return {name: weight.contiguous() for name, weight in weights.items()}
 
 
 def read_circuit_tracer(

@@ -20,7 +20,7 @@ from sae_lens.saes.sae import SAEMetadata
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mxd_lens import splice
+from mxd_lens import evaluate, splice
 from mxd_lens.formats import read_layers
 from mxd_lens.formats.circuit_tracer import read_circuit_tracer, write_circuit_tracer
 from mxd_lens.formats.reference import read_reference
@@ -207,8 +207,8 @@ class TestCircuitTracer:
         [
             ({}, r"a layer for every MLP from 0 on, got \[\]"),
             ({1: {}}, r"from 0 on, got \[1\]: train with --layers all"),
-            ({0: {}, 1: {"k": 5}}, r"\('topk', 4, 'tiny'\) for layer 0 and \('topk', 5, 'tiny'\)"),
-            ({0: {}, 1: {"d_sae": 41}}, r"have \[44, 45\] features"),
+            ({0: {}, 1: {"k": 5}}, r"\('topk', 4, 40, 'tiny'\) for layer 0 and \('topk', 5, 40, "),
+            ({0: {}, 1: {"d_sae": 41}}, r"'topk', 4, 41, 'tiny'\) for layer 1"),
             ({0: {"d_out": 15}}, "d_in=16 and d_out=15"),
         ],
     )
@@ -639,8 +639,28 @@ class TestDelphi:
             close32(names["cache"].acts, expected)
 
 
+def test_the_documentations_other_lines(tmp_path, tiny_bridge):
+    write_circuit_tracer(tmp_path / "set", {n: make("topk_skip_transcoder", n) for n in range(3)})
+    text = TestDelphi.LINES.read_text(encoding="utf-8")
+    lines = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0]
+    lines = lines.replace("path/of/any/of/these", str(tmp_path / "set")).replace('"gpt2"', '"tiny"')
+    exec(lines, names := {"model": tiny_bridge})
+    assert {layer.cfg.metadata.model_name for layer in names["layers"].values()} == {"tiny"}
+
+
+@pytest.mark.parametrize("architecture", TestCircuitTracer.ARCHITECTURES)
+def test_what_is_read_can_be_measured(tmp_path, tiny_bridge, documents, architecture):
+    write_circuit_tracer(tmp_path / "set", {n: make(architecture, n) for n in range(2)})
+    layer: Any = read_layers(tmp_path / "set")[1]
+    layer.cfg.metadata.context_size = 8
+    measured, _ = evaluate(tiny_bridge, layer, documents, n_sequences=4)
+    assert measured["ce_replaced"] != measured["ce_original"]
+
+
 def test_what_is_read_is_saved_and_loaded(tmp_path, x):
     write_circuit_tracer(tmp_path / "in", {0: make("jumprelu_skip_transcoder")})
     layer = read_layers(tmp_path / "in")[0]
     layer.save_model(tmp_path / "layer")
     same(SAE.load_from_disk(tmp_path / "layer")(x), layer(x))
+    with pytest.raises(ValueError, match="is in SAELens' format already"):
+        read_layers(tmp_path / "layer")
