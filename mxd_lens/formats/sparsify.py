@@ -72,7 +72,7 @@ def read_sparsify(
             )
         name = model_name or _model_name(folder)
         layers[number] = _read_layer(folder, of_mlp(number, name, model_class))
-    return layers
+    return dict(sorted(layers.items()))
 
 
 def _folders(path: Path) -> list[Path]:
