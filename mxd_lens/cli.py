@@ -52,6 +52,7 @@ from mxd_lens.runs.config import (
     TrainConfig,
     finished_runs,
 )
+from mxd_lens.runs.exchange import ConvertConfig, ExportConfig, run_convert, run_export
 from mxd_lens.runs.finetune import FinetuneConfig, run_finetune
 from mxd_lens.runs.results import Experts, Joint, Row, load_layer, plain, read, read_rows, write
 from mxd_lens.runs.train import check_layer, train
@@ -204,6 +205,14 @@ def show_steering(cfg: analyse.SteerConfig) -> None:
     print(*paths)
 
 
+def show_export(cfg: ExportConfig) -> None:
+    print(run_export(cfg))
+
+
+def show_conversion(cfg: ConvertConfig) -> None:
+    print(*run_convert(cfg), sep="\n")
+
+
 def run_report(cfg: analyse.AnalysisConfig) -> None:
     for run in cfg.runs():
         print(write_report(Path(run.output)))
@@ -272,6 +281,8 @@ COMMANDS = {
     "experts": (analyse.ExpertsConfig, show_experts),
     "steer": (analyse.SteerConfig, show_steering),
     "report": (analyse.AnalysisConfig, run_report),
+    "export": (ExportConfig, show_export),
+    "convert": (ConvertConfig, show_conversion),
 }
 """Configuration, whose docstring is the command's help, and what runs it."""
 

@@ -74,6 +74,12 @@ def whole(path: Path) -> Iterator[Path]:
         _remove(unfinished)
 
 
+def check_new(folder: Path) -> None:
+    """Raise ValueError unless a folder is empty, or not there."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} holds something already: choose another folder")
+
+
 def discard(folder: Path) -> None:
     """Remove a folder; a kill leaves nothing of it under its name."""
     doomed = _beside(folder)

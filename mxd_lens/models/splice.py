@@ -109,10 +109,11 @@ def check_norms(model: Any, metadata: SAEMetadata, what: str) -> None:
     trained_on, here = bool(metadata.norms_folded), has_folded_norms(model)
     if metadata.model_name is not None and trained_on != here:
         state = {True: "processed (norms folded in)", False: "unprocessed"}
+        loads = {True: "HookedSAETransformer.from_pretrained", False: "mxd_lens.load_model"}
         raise ValueError(
             f"{what} was trained on {state[trained_on]} weights of {metadata.model_name}, this "
             f"model's are {state[here]}, so its MLPs read other inputs: load it as it was in "
-            "training (mxd_lens.load_model never processes)"
+            f"training ({loads[trained_on]} does)"
         )
 
 

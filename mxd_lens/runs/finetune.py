@@ -25,13 +25,13 @@ from mxd_lens.analysis.joint import evaluate_jointly, hooks_in_place, sites_of
 from mxd_lens.data.activations import activations_store
 from mxd_lens.data.reading import read_heldout
 from mxd_lens.data.text import Text
-from mxd_lens.fields import Count, Name, NotNegative, PathStr, Positive, Seed, config
+from mxd_lens.fields import Count, NotNegative, PathStr, Positive, config
 from mxd_lens.files import claim, locked, read_json, whole, write_json
 from mxd_lens.layers.base import pair_loss
 from mxd_lens.models.site import Site
 from mxd_lens.runs.claims import check_sources
 from mxd_lens.runs.config import TrainConfig, values
-from mxd_lens.runs.replacement import chosen_runs
+from mxd_lens.runs.replacement import Choice, chosen_runs
 from mxd_lens.runs.results import load_layer
 from mxd_lens.runs.train import Stopped, stopping
 
@@ -44,7 +44,7 @@ TUNED_FILENAME = "finetuned.json"
 
 
 @config
-class FinetuneConfig:
+class FinetuneConfig(Choice):
     """Train layers that are in place together on what the original model predicts.
 
     Example: mxd-lens finetune runs/all --architecture mxd --output runs/all-tuned
@@ -54,12 +54,6 @@ class FinetuneConfig:
     """Output folder of `mxd-lens train` or `compare` with layers of several MLPs."""
     output: PathStr
     """Folder of the tuned layers, read by all that reads RUN's. The same command resumes."""
-    architecture: Name | None = None
-    """Which of RUN's layers, where it has several for one MLP."""
-    k: Count | None = None
-    """Likewise."""
-    seed: Seed | None = None
-    """Likewise."""
     training_tokens: Count = 500_000
     """Tokens to train on; a shorter text is repeated."""
     lr: Positive = 1e-4
@@ -81,7 +75,7 @@ def run_finetune(cfg: FinetuneConfig, model: Any = None, dataset: Text | None = 
         Interrupted: a signal came; the same call goes on.
     """
     folder = Path(cfg.output)
-    runs = chosen_runs(cfg.run, **values(cfg, ("architecture", "k", "seed")))
+    runs = chosen_runs(cfg.run, **cfg.chosen)
     settings = values(cfg, ("training_tokens", "lr", "lm_batch_size", "reconstruction"))
     settings["runs"] = [str(Path(run.output).resolve()) for run in runs]
     path = folder / TUNED_FILENAME

@@ -8,10 +8,28 @@ from typing import Any
 
 from torch import nn
 
+from mxd_lens.fields import Count, Name, Seed, config
 from mxd_lens.models.splice import splice
 from mxd_lens.runs.claims import check_sources
-from mxd_lens.runs.config import TrainConfig, finished_runs
+from mxd_lens.runs.config import TrainConfig, finished_runs, values
 from mxd_lens.runs.results import load_layer
+
+
+@config
+class Choice:
+    """Which layers of a folder, one for each MLP."""
+
+    architecture: Name | None = None
+    """Which of RUN's layers, where it has several for one MLP."""
+    k: Count | None = None
+    """Likewise."""
+    seed: Seed | None = None
+    """Likewise."""
+
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """Arguments of `chosen_runs`."""
+        return values(self, ("architecture", "k", "seed"))
 
 
 def replace(

@@ -7,6 +7,8 @@ import re
 import sys
 
 import pytest
+import torch
+from sae_lens import SAE
 
 from mxd_lens.analysis.joint import PROMPTS
 from mxd_lens.cli import COMMANDS, main, make_parser
@@ -115,7 +117,35 @@ def test_there_are_few_options():
             said = (action.help or "").partition(" (default")[0]
             options |= {(name, said) for name in action.option_strings if len(name) > 2}
     assert {"--model", "--strengths"} < {name for name, _ in options}
-    assert len(options) <= 62
+    assert len(options) <= 65
+
+
+def test_export_then_convert(run, tmp_path):
+    folder, out, back = tmp_path / "all", tmp_path / "out", tmp_path / "back"
+    arguments = f"--output {folder} --layers all --expansion 8 --n_sequences 4 --k 2"
+    run("train", *arguments.split(), "--architectures", "topk_transcoder", "mxd")
+    export = ["export", str(folder), "--output", str(out)]
+    with pytest.raises(SystemExit, match="several layers for one MLP"):
+        run(*export)
+    with pytest.raises(SystemExit, match="layer 0 is no transcoder but has architecture mxd"):
+        run(*export, "--architecture", "mxd")
+    assert run(*export, "--architecture", "topk_transcoder") == f"{out}\n"
+    with pytest.raises(SystemExit, match="out holds something already: choose another folder"):
+        run(*export, "--architecture", "topk_transcoder")
+    printed = run("convert", str(out), "--output", str(back))
+    assert printed.split() == [str(back / f"layer{number}") for number in range(3)]
+    x = torch.randn(5, 16)
+    for number in range(3):
+        trained = folder / f"layer{number}-topk_transcoder-k2-seed0" / "layer"
+        ours, theirs = (SAE.load_from_disk(path) for path in (trained, back / f"layer{number}"))
+        assert torch.equal(ours(x), theirs(x))
+        for name in ("model_name", "hook_name", "hook_name_out", "norms_folded"):
+            assert ours.cfg.metadata[name] == theirs.cfg.metadata[name]
+    with pytest.raises(SystemExit, match="back holds something already"):
+        run("convert", str(out), "--output", str(back))
+    with pytest.raises(SystemExit, match=r"there is no .*nowhere"):
+        run("convert", str(tmp_path / "nowhere"), "--output", str(tmp_path / "new"))
+    assert not (tmp_path / "new").exists()
 
 
 def test_workers_that_cannot_be_started_are_a_sentence(run, tmp_path, monkeypatch):

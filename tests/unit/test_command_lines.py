@@ -219,6 +219,14 @@ COMMANDS = {
     ),
     "steer": (25, STEER, SAMPLED, "*/steering.json"),
     "report": (5, {"k": number}, {}, "*/report.html"),
+    "export": (
+        *(5, {"k": number, "seed": number, "architecture": architecture}),
+        *({"output": "out/set"}, "set/config.yaml"),
+    ),
+    "convert": (
+        *(5, {"model": st.sampled_from(["x", ""]), "output": st.sampled_from(["text.txt", "out"])}),
+        *({"output": "out/layers"}, "layers/*/cfg.json"),
+    ),
 }
 """How often it is tried, options, what they are else, and the results of a success."""
 

@@ -12,7 +12,7 @@ import mxd_lens
 PACKAGE = Path(mxd_lens.__file__).parent
 ROOMS = [
     *("startup", "fields", "files", "ranks"),
-    *("demo", "layers", "models", "data", "analysis", "runs", "report"),
+    *("demo", "layers", "models", "formats", "data", "analysis", "runs", "report"),
     *("cli", "__main__"),
 ]
 """From the bottom up; ``__init__`` exports from all of them."""
