@@ -59,7 +59,16 @@ from mxd_lens.runs.results import (
 )
 from mxd_lens.runs.train import check_layer, train_many
 
-COMPARED = ["mxd", "mxd_paper", "molt", "topk_transcoder", "topk_skip_transcoder", "topk", "dense"]
+COMPARED = [
+    "mxd",
+    "mxd_meaningful",
+    "mxd_paper",
+    "molt",
+    "topk_transcoder",
+    "topk_skip_transcoder",
+    "topk",
+    "dense",
+]
 """Architectures of a comparison, in the order of its tables."""
 
 CONTROL = "dense"
