@@ -1,6 +1,9 @@
-"""Everything but ``--model_class HookedTransformer`` without that class, which TransformerLens 4 has
-not. SAELens 6 imports it at its top and gets it here; afterwards nobody can. So this shows that we
-never ask for it, and not that a SAELens on TransformerLens 4 works with us."""
+"""Everything but ``--model_class HookedTransformer`` without that class.
+
+TransformerLens 4 has it no more. SAELens 6 imports it at its top and gets it here; afterwards it is
+gone for everybody. This shows that we never ask for it, not that a SAELens on TransformerLens 4
+suits us.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +66,8 @@ model = mxd_lens.load_model(model)
 mxd_lens.replace(model, one)
 assert model(torch.randint(3, 20, (2, 8))).isfinite().all()
 print("all of it works")
-mxd_lens.cli.main(["train", *common.split()[:-1], folder + "2", "--model_class", "HookedTransformer"])
+common = [*common.split()[:-1], folder + "2", "--model_class", "HookedTransformer"]
+mxd_lens.cli.main(["train", *common])
 """
 
 
