@@ -48,7 +48,7 @@ _SETTINGS: dict[str, Callable[[TrainConfig], str]] = {
     "parameters": lambda run: (
         "those that are asked for" if run.d_sae else f"a transcoder's of expansion {run.expansion}"
     ),
-    "further options": lambda run: run.sae_options,
+    "further options": lambda run: "none" if run.sae_options == "{}" else run.sae_options,
     "language model": lambda run: f"{run.model_class}, {run.dtype}",
     "autocast to bfloat16": lambda run: "yes" if run.autocast else "no",
     "seed": lambda run: f"{run.seed}",
@@ -157,9 +157,13 @@ def _layers(runs: Mapping[str, TrainConfig], widths: Mapping[str, int]) -> table
 
 
 def _training(runs: Sequence[TrainConfig]) -> tables.Table:
-    """Settings, each with all its values."""
+    """Settings, each with all its values, and whose they are where kinds of layers differ."""
     lines = []
     for what, of_run in _SETTINGS.items():
-        values = dict.fromkeys(map(of_run, runs))
-        lines.append([what, ", ".join(values)])
+        whose: dict[str, dict[str, None]] = {}
+        for run in runs:
+            whose.setdefault(of_run(run), {})[label(run.architecture)] = None
+        alike = len({frozenset(kinds) for kinds in whose.values()}) == 1
+        said = [value if alike else f"{value} ({', '.join(whose[value])})" for value in whose]
+        lines.append([what, ", ".join(said)])
     return ["setting", ""], lines

@@ -175,6 +175,7 @@ def test_what_the_card_says(hub, folder, llama_folder):
         f"/me/tiny-mxd/resolve/main/{MXD}/report.html",
         f"`{llama_folder.name}` (a local one): not known to mxd-lens",
         "| tokens | 640 |",
+        "| peak learning rate | 0.003 (MxD), 0.01 (dense control) |",
     ):
         assert said in text, said
     for row in read_rows(folder / "results.json"):
@@ -199,6 +200,18 @@ def test_a_card_says_what_was_not_measured(hub, folder, tmp_path):
     assert "**worth**: not measured: it needs the dense control" in card
     assert "**agreement**: not measured: experts were not inspected" in card
     assert "There is no dense control here." in card
+
+
+def test_a_card_links_the_model_and_the_text(hub, folder, edit_json, tmp_path):
+    shutil.copytree(folder / MXD, tmp_path / "run")
+    where = {"model": "big/model", "dataset": "big/text:small"}
+    edit_json(tmp_path / "run" / "runner_cfg.json", **where)
+    hub.licences = {"big/model": "apache-2.0", "big/text": "odc-by"}
+    card = ModelCard(gather(tmp_path / "run", "me/one").card)
+    assert card.data.base_model == "big/model" and card.data.datasets == "big/text"
+    assert f"[big/model]({hub.url}/big/model): apache-2.0" in card.text
+    assert f"[big/text, small]({hub.url}/datasets/big/text): odc-by; pages and" in card.text
+    assert 'mxd_lens.load_model("big/model")' in card.text
 
 
 def test_licences_are_asked_for(hub):
