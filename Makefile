@@ -7,7 +7,7 @@ BIN := .venv/bin
 TORCH := torch==2.13.0
 
 .PHONY: demo test unit test-lowest test-newest torture lock search search-recipe bench bench-train bench-plan \
-	format check-format check-type docs setup clean
+	format check-format check-type docs package setup clean
 
 demo: setup
 	$(BIN)/mxd-lens demo
@@ -84,6 +84,17 @@ check-type: setup
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+# Wheel and sdist, each in an empty environment with all that it needs (gigabytes), and in use there.
+package: .venv/uv
+	rm -rf dist
+	$(BIN)/uv build --quiet
+	$(BIN)/uv tool run --quiet twine check --strict dist/*
+	set -e; for made in $(CURDIR)/dist/*.whl $(CURDIR)/dist/*.tar.gz; do \
+		$(BIN)/uv venv --quiet --clear --python $(BIN)/python ends/package; \
+		$(BIN)/uv pip install --quiet --python ends/package -c requirements.lock "$$made[demo]"; \
+		(cd ends/package && bin/python $(CURDIR)/tests/package/check.py); \
+	done
+
 setup: .venv/installed
 
 .venv/installed: pyproject.toml requirements.lock
@@ -93,4 +104,4 @@ setup: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv ends runs site
+	rm -rf .venv dist ends runs site

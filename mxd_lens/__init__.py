@@ -16,6 +16,7 @@ from mxd_lens.analysis.joint import evaluate_jointly
 from mxd_lens.analysis.saelens_evals import at_output, run_evals
 from mxd_lens.analysis.steering import steer, steering_directions
 from mxd_lens.data.text import load_text, split_documents
+from mxd_lens.hub import load
 from mxd_lens.layers import architectures, width_for
 from mxd_lens.layers.mlp import MLPShape
 from mxd_lens.layers.mxd import MxD, MxDConfig, TrainingMxD, TrainingMxDConfig
@@ -66,6 +67,7 @@ __all__ = [
     "evaluate",
     "evaluate_jointly",
     "inspect_experts",
+    "load",
     "load_model",
     "load_text",
     "replace",

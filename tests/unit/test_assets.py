@@ -18,7 +18,7 @@ import pytest
 from mxd_lens.demo import corpora, models, wheels
 from mxd_lens.demo.wheels import AssetError, Wheel
 
-TINY = Wheel("tiny-text", "1.0", sha256="0" * 64)
+TINY = Wheel("tiny-text", "1.0", sha256="0" * 64, licence="none")
 
 
 @pytest.fixture(autouse=True)

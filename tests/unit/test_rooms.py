@@ -13,7 +13,7 @@ PACKAGE = Path(mxd_lens.__file__).parent
 ROOMS = [
     *("startup", "fields", "files", "ranks"),
     *("demo", "layers", "models", "formats", "data", "analysis", "runs", "report"),
-    *("cli", "__main__"),
+    *("hub", "cli", "__main__"),
 ]
 """From the bottom up; ``__init__`` exports from all of them."""
 
