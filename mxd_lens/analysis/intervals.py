@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,17 +33,35 @@ def interval(
 
 
 def worth(
-    row: Mapping[str, Any], control: Mapping[str, Any]
+    rows: Sequence[Mapping[str, Any]], controls: Sequence[Mapping[str, Any]]
 ) -> tuple[float | None, list[float] | None]:
     """What experts add: the dense control's CE increase minus the layer's, in nats per token, and
     its interval; None where they were measured on other sequences.
 
     Args:
-        row, control: plain rows of results.
+        rows, controls: plain rows of results, one for each seed, whose means are compared.
     """
-    ours, theirs = row["sequences"], control["sequences"]
-    if any(ours[name] != theirs[name] for name in ("tokens", "ce_original")):
+    if not _same_sequences(*rows, *controls):
         return None, None
-    sums = theirs["ce_replaced"], ours["ce_replaced"], ours["tokens"]
+    sums = _mean(controls, "ce_replaced"), _mean(rows, "ce_replaced"), _mean(rows, "tokens")
     spread = interval(lambda control, layer, tokens: (control - layer) / tokens, *sums)
-    return control["ce_increase"] - row["ce_increase"], spread
+    means = [np.mean([row["ce_increase"] for row in group]) for group in (controls, rows)]
+    return float(means[0] - means[1]), spread
+
+
+def increase_interval(rows: Sequence[Mapping[str, Any]]) -> list[float] | None:
+    """Of the mean CE increase over seeds, in nats per token; None where they were measured on other
+    sequences. ``rows`` as in `worth`."""
+    if not _same_sequences(*rows):
+        return None
+    sums = (_mean(rows, name) for name in ("ce_replaced", "ce_original", "tokens"))
+    return interval(lambda layer, original, tokens: (layer - original) / tokens, *sums)
+
+
+def _same_sequences(*rows: Mapping[str, Any]) -> bool:
+    first, *others = (row["sequences"] for row in rows)
+    return all(of[name] == first[name] for of in others for name in ("tokens", "ce_original"))
+
+
+def _mean(rows: Sequence[Mapping[str, Any]], name: str) -> Float[np.ndarray, "n_sequences"]:
+    return np.mean([row["sequences"][name] for row in rows], axis=0)

@@ -50,6 +50,7 @@ def write_comparison_page(results: Path) -> None:
         control=[row for row in rows if not _has_experts(row)],
         figures=figures.comparison(rows),
         decisive=tables.decisive(rows),
+        seeds=tables.over_seeds(rows),
         questions=tables.questions(rows),
         everything=tables.everything(rows),
         folder=shlex.quote(str(results.parent)),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from mxd_lens.analysis.intervals import increase_interval, worth
 from mxd_lens.layers import label
+from mxd_lens.runs.compare import CONTROL
 
 NONE = "-"
 COLUMNS = {
@@ -112,6 +114,47 @@ def decisive(rows: list[dict[str, Any]]) -> Table:
     return list(columns), [list(line) for line in zip(*columns.values(), strict=True)]
 
 
+def over_seeds(rows: list[dict[str, Any]]) -> Table | None:
+    """Layers that differ in nothing but their seed, a line for all: means and, in brackets, ranges;
+    intervals are of the means, over sequences. None if no two do."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["hook_layer"], row["architecture"], row["k"]), []).append(row)
+    if max(map(len, groups.values())) == 1:
+        return None
+    head = ["layer", "MLP", "k", "seeds", "CE increase", "95% interval", "worth", "95% interval"]
+    ranges = {"share": "{:.0%}", "shuffled": "{:.0%}", "jacobian_cosine": "{:.2f}"}
+    ranges |= {"probe_f1_top1": "{:.3f}"}
+    lines = []
+    for (mlp, architecture, k), group in groups.items():
+        losses = [row["ce_increase"] for row in group]
+        shown = [_range(losses, "{:.4f}"), _spread(increase_interval(group), "{:.4f}")]
+        controls = groups.get((mlp, CONTROL, None))
+        added, spread = None, None
+        if controls and architecture != CONTROL:
+            added, spread = worth(group, controls)
+        shown += [NONE if added is None else f"{added:+.4f}", _spread(spread, "{:+.4f}")]
+        known = [measured(row) for row in group]
+        for name, form in ranges.items():
+            shown.append(_range([row[name] for row in known if name in row], form))
+        size = NONE if k is None else f"{k:g}"
+        lines.append([method_label(architecture), f"{mlp}", size, f"{len(group)}", *shown])
+    return [*head, "share", "shuffled", "Jacobian", "probe F1"], lines
+
+
+def _range(values: list[float], form: str) -> str:
+    if not values:
+        return NONE
+    mean = form.format(sum(values) / len(values))
+    if len(values) == 1:
+        return mean
+    return f"{mean} ({form.format(min(values))} to {form.format(max(values))})"
+
+
+def _spread(interval: list[float] | None, form: str) -> str:
+    return NONE if interval is None else " to ".join(form.format(end) for end in interval)
+
+
 def joint(rows: list[dict[str, Any]]) -> Table:
     """What layers in place at once lose, a number of layers a line."""
     head = ["layers", "MLPs", "CE increase", "95% interval", "KL"]
@@ -141,8 +184,9 @@ def markdown(head: list[str], lines: list[list[str]]) -> str:
 
 
 def comparison_table(rows: list[dict[str, Any]]) -> str:
-    """The numbers that decide, a layer a line, as Markdown."""
-    return markdown(*decisive(rows))
+    """The numbers that decide, a layer a line, and their means over seeds, as Markdown."""
+    parts = [decisive(rows), over_seeds(rows)]
+    return "\n\n".join(markdown(*part) for part in parts if part)
 
 
 def questions(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:

@@ -359,5 +359,5 @@ def _with_worth(row: Row, rows: list[Row]) -> Row:
     if row.architecture == CONTROL or not controls:
         return row
     control = min(controls, key=lambda control: (control.seed != row.seed, control.seed))
-    value, spread = worth(plain(row), plain(control))
+    value, spread = worth([plain(row)], [plain(control)])
     return replace(row, worth=value, worth_interval=spread)

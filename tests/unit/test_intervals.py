@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import bootstrap
 
-from mxd_lens.analysis.intervals import interval, worth
+from mxd_lens.analysis.intervals import increase_interval, interval, worth
 
 rng = np.random.default_rng(0)
 
@@ -46,8 +46,36 @@ def test_worth_is_what_the_control_loses_beyond_the_layer():
     sequences = {"tokens": [10, 20, 30], "ce_original": [1.0, 2.0, 3.0]}
     layer = {"ce_increase": 6 / 60, "sequences": {**sequences, "ce_replaced": [3.0, 4.0, 5.0]}}
     control = {"ce_increase": 18 / 60, "sequences": {**sequences, "ce_replaced": [6.0, 8.0, 10.0]}}
-    value, (low, high) = worth(layer, control)
+    value, (low, high) = worth([layer], [control])
     assert value == pytest.approx(12 / 60)
     assert 5 / 30 <= low < value < high <= 3 / 10
     control["sequences"]["ce_original"] = [1.0, 2.0, 4.0]
-    assert worth(layer, control) == (None, None)
+    assert worth([layer], [control]) == (None, None)
+
+
+def test_of_several_seeds_the_means_are_compared():
+    rng = np.random.default_rng(3)
+    tokens, original = np.full(20, 7.0), rng.normal(3, 0.1, 20) * 7
+
+    def row(lost: float) -> dict[str, Any]:
+        replaced = original + 7 * (lost + rng.normal(0, 0.01, 20))
+        return {
+            "ce_increase": (replaced - original).sum() / tokens.sum(),
+            "sequences": {
+                "ce_replaced": replaced.tolist(),
+                "ce_original": original.tolist(),
+                "tokens": tokens.tolist(),
+            },
+        }
+
+    layers, controls = [row(0.02), row(0.04)], [row(0.1), row(0.2), row(0.3)]
+    mean = np.mean([layer["ce_increase"] for layer in layers])
+    merged = np.mean([layer["sequences"]["ce_replaced"] for layer in layers], axis=0)
+    expected = interval(lambda lost, n: lost / n, merged - original, tokens)
+    found = increase_interval(layers)
+    assert found == pytest.approx(expected) and found[0] < mean < found[1]
+    value, (low, high) = worth(layers, controls)
+    assert value == pytest.approx(np.mean([control["ce_increase"] for control in controls]) - mean)
+    assert low < value < high
+    layers[1]["sequences"]["tokens"] = [8.0] * 20
+    assert increase_interval(layers) is None and worth(layers, controls) == (None, None)

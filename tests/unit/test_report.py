@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from plotly.offline import get_plotlyjs
 
+from mxd_lens.analysis.intervals import worth
 from mxd_lens.files import write_json
 from mxd_lens.report.page import write_comparison_page, write_report, write_run_page
-from mxd_lens.report.tables import comparison_table, method_label, summary, table
+from mxd_lens.report.tables import comparison_table, method_label, over_seeds, summary, table
 from mxd_lens.runs.results import VERSION, read_rows
 
 from ..helpers import GATE, ROW, write_comparison, write_run
@@ -304,6 +305,16 @@ class TestComparison:
         assert page.text.count("Not measured in this comparison") == 1  # a dense control
         (bar,) = page.figures[0]["data"]
         assert (bar["x"], bar["error_x"]["array"]) == ([0.125], [0.0625])
+        assert "0.1250 (0.0625 to 0.1875)" in page.text and "Over seeds" in page.text
+        assert "Over seeds" not in compared({}, CONTROL).text
+
+    def test_worth_over_seeds_is_against_the_controls(self):
+        rows = [ROW | {"seed": seed} | own for seed in (0, 1) for own in ({}, CONTROL)]
+        head, lines = over_seeds(rows)
+        assert [dict(zip(head, line, strict=True))["seeds"] for line in lines] == ["2", "2"]
+        (value, _), control = worth([ROW], [ROW | CONTROL]), lines[1]
+        assert f"{value:+.4f}" == lines[0][head.index("worth")]
+        assert control[head.index("worth")] == control[head.index("share")] == "-"
 
     def test_several_k_are_a_frontier_that_opens_at_the_middle_one(self, compared):
         page = compared(*({"k": k, "ce_increase": 1 / k} for k in (2, 4, 8)), CONTROL)
