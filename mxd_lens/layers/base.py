@@ -335,6 +335,11 @@ class SparseLayer(PairLayer):
         """The output for an input and its codes: the layer's one formula."""
         raise NotImplementedError
 
+    def at_codes(
+        self, x: Float[Tensor, "*batch tokens d_in"], codes: Codes
+    ) -> Float[Tensor, "*#batch tokens d_out"]:
+        return self.combine(x, codes)
+
     def pick(
         self, chunks: Iterable[Float[Tensor, "chunk d_sae"]], batch: torch.Size
     ) -> SparseCodes:

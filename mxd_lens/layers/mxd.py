@@ -111,6 +111,12 @@ class MxD(SparseLayer, HiddenUnits):
         shared = self.hook_shared(self.hidden(x) @ self.W_shared)
         return self.hook_sae_recons(experts * shared + self.b_dec)
 
+    def write_rows(
+        self, units: Int[Tensor, "n"], x: Float[Tensor, "n d_in"]
+    ) -> Float[Tensor, "n d_out"]:
+        """``W_dec[n] * (z W_shared)``."""
+        return self.W_dec[units] * (self.hidden(x) @ self.W_shared)
+
     def expert_weights(self, n: int) -> Float[Tensor, "d_hidden d_out"]:
         """Expert n's linear map of the hidden units, ``W_n = W_shared diag(W_dec[n])``."""
         return self.W_shared * self.W_dec[n]
@@ -274,6 +280,13 @@ class TrainingMxD(MxD, TrainingSparseLayer):
         chosen = codes.values, codes.indices
         values = gate_values(*chosen, *gate, counts=codes.counts, unit_norm=True)
         return codes.with_values(values * scale)
+
+    def read_rows(
+        self, units: Int[Tensor, "n"]
+    ) -> tuple[Float[Tensor, "n d_in"], Float[Tensor, "n"]]:
+        rows, bias = super().read_rows(units)
+        scale = self.log_gate_scale.exp()
+        return rows * scale, (bias - rows @ self.gate_mean) * scale
 
     def losses(self, y_hat: Tensor, y: Tensor, codes: Codes) -> dict[str, Tensor]:
         losses = super().losses(y_hat, y, codes)
