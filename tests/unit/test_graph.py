@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from typing import Any, Literal
 
 import pytest
 import torch
+from pydantic import BaseModel, ConfigDict
 from torch.func import jvp
 from transformers import AutoTokenizer
 
+from mxd_lens.analysis.graphs.export import circuit_tracer_json
 from mxd_lens.analysis.graphs.graph import Graph, attribute, influence, normalised, targets_of
-from mxd_lens.analysis.graphs.interventions import agreement, measure, predict, total_effects
+from mxd_lens.analysis.graphs.interventions import (
+    WHERE,
+    measure,
+    predict,
+    rank_correlation,
+    total_effects,
+)
 from mxd_lens.analysis.graphs.local import LocalModel
 from mxd_lens.analysis.graphs.prune import prune
 from mxd_lens.models.site import Site
@@ -310,17 +319,17 @@ def test_edits_of_the_original_model_are_additions_to_its_stream(lm):
         measure(graph, local, [{99_999: 0.0}], "original")
 
 
-@pytest.mark.parametrize("where", ["errors", "replacement", "original"])
+@pytest.mark.parametrize("where", WHERE)
 def test_ranks_of_predicted_and_measured_effects(lm, where):
     graph, local = attribute(lm, layers_of(lm, "mxd", size=0.1), prompt_of(lm), "mat", "fish")
-    nodes = torch.arange(graph.n_units)
-    found = agreement(graph, local, nodes, where)
-    assert len(found["predicted"]) == len(found["measured"]) == graph.n_units
-    small = agreement(graph, local, nodes, where, factor=0.999)
-    if where == "errors":
-        assert small["rank_correlation"] > 0.5
-    assert -1 <= found["rank_correlation"] <= 1
-    assert agreement(graph, local, nodes[:1], where)["rank_correlation"] is None
+    edits = [{node: 0.0} for node in range(graph.n_units)]
+    predicted, measured = predict(graph, edits)[:, 0], measure(graph, local, edits, where)[:, 0]
+    ranks = [values.argsort().argsort().double() for values in (predicted, measured)]
+    found = rank_correlation(predicted, measured)
+    assert found == pytest.approx(float(torch.corrcoef(torch.stack(ranks))[0, 1]))
+    assert rank_correlation(predicted, predicted) == pytest.approx(1)
+    assert rank_correlation(predicted[:1], measured[:1]) is None
+    assert rank_correlation(predicted, torch.zeros_like(measured)) is None
 
 
 def test_the_model_is_left_as_it_was(lm):
@@ -373,3 +382,95 @@ class TestWhatIsRefused:
         monkeypatch.setattr(LocalModel, "freezing", lambda self, batch: [])
         with pytest.raises(ValueError, match="this model is not linear"):
             attribute(lm, layers_of(lm, "mxd"), prompt_of(lm))
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class Metadata(Strict):
+    slug: str
+    scan: str
+    transcoder_list: list[str]
+    prompt_tokens: list[str]
+    prompt: str
+    node_threshold: float | None
+    schema_version: int | None
+
+
+class QParams(Strict):
+    pinnedIds: list[str]
+    supernodes: list[list[str]]
+    linkType: Literal["both"]
+    clickedId: str
+    sg_pos: str
+
+
+class Node(Strict):
+    node_id: str
+    jsNodeId: str
+    feature: int
+    layer: str
+    ctx_idx: int
+    feature_type: Literal[
+        "cross layer transcoder", "mlp reconstruction error", "embedding", "logit"
+    ]
+    token_prob: float
+    is_target_logit: bool
+    run_idx: int
+    reverse_ctx_idx: int
+    clerp: str
+    influence: float | None
+    activation: float | None
+
+
+class Link(Strict):
+    source: str
+    target: str
+    weight: float
+
+
+class CircuitTracer(Strict):
+    """What circuit-tracer 0.5 writes, whose models ignore other fields and convert these."""
+
+    metadata: Metadata
+    qParams: QParams
+    nodes: list[Node]
+    links: list[Link]
+
+
+@pytest.mark.parametrize("against", [None, "fish"])
+def test_the_json_is_circuit_tracers(lm, against):
+    graph, _ = attribute(
+        lm, layers_of(lm, "mxd"), prompt_of(lm), "mat" if against else None, against
+    )
+    pruned = prune(graph)
+    layer, unit, at = (
+        int(of[int(pruned.nodes.int().argmax())])
+        for of in (graph.layer, graph.unit, graph.position)
+    )
+    options = {"slug": "a", "scan": "tiny", "prompt": PROMPT, "n_vocab": 24, "node_threshold": 0.8}
+    value = circuit_tracer_json(graph, pruned, names={(layer, unit): "a name"}, **options)
+    found = CircuitTracer.model_validate_json(json.dumps(value))
+    nodes = {node.node_id: node for node in found.nodes}
+    assert len(nodes) == len(found.nodes) == int(pruned.nodes.sum()) + len(graph.targets)
+    assert len(found.links) == int(pruned.edges.sum())
+    assert {link.source for link in found.links} | {link.target for link in found.links} <= {*nodes}
+    named = nodes[f"{layer}_{unit}_{at}"]
+    assert named.clerp == "a name" and named.activation == pytest.approx(
+        float(graph.activation[int(pruned.nodes.int().argmax())])
+    )
+    assert named.feature == (layer + unit) * (layer + unit + 1) // 2 + unit
+    assert [n.ctx_idx for n in found.nodes if n.feature_type == "embedding"] == list(
+        range(len(graph.tokens))
+    )
+    logits = [node for node in found.nodes if node.feature_type == "logit"]
+    assert [node.layer for node in logits] == [str(N_LAYERS + 1)] * len(graph.targets)
+    assert [node.is_target_logit for node in logits] == [True] + [False] * (len(logits) - 1)
+    if against:
+        assert logits[0].feature == 24 and logits[0].clerp.startswith('Output "mat - fish" (p=0.')
+    assert all(node.influence is not None for node in found.nodes if node.feature_type != "logit")
+    weights = {(link.source, link.target): link.weight for link in found.links}
+    total = sum(w for (_, target), w in weights.items() if target == logits[0].node_id)
+    kept = graph.edges[graph.n_units][pruned.edges[graph.n_units]]
+    assert total == pytest.approx(float(kept.sum()))

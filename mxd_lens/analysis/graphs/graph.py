@@ -34,7 +34,8 @@ class Targets:
 
     names: list[str]
     tokens: list[int]
-    """Of a difference, the first."""
+    against: int | None
+    """The token whose logit is subtracted from that of the only other one."""
     probability: Float[Tensor, "n"]
     """Of these tokens."""
     weight: Float[Tensor, "n"]
@@ -76,6 +77,7 @@ def targets_of(
         tokens = [_token(model, target, n)]
     W_U, b_U = model.W_U.detach(), model.b_U.detach()
     chosen = torch.tensor(tokens, device=W_U.device)
+    other = None
     if against is None:
         vectors, bias = W_U[:, chosen].T - W_U.mean(1), b_U[chosen] - b_U.mean()
         names = [_text(model, token) for token in tokens]
@@ -88,7 +90,8 @@ def targets_of(
         names = [f"{_text(model, tokens[0])} - {_text(model, other)}"]
     of_tokens = probability[chosen.to(probability.device)].cpu()
     weight = of_tokens if target is None else torch.ones(len(tokens))
-    return Targets(names, tokens, of_tokens, weight, vectors.to(local.final), bias.to(local.final))
+    vectors, bias = vectors.to(local.final), bias.to(local.final)
+    return Targets(names, tokens, other, of_tokens, weight, vectors, bias)
 
 
 def _token(model: Any, token: str | int, n_vocab: int) -> int:

@@ -8,10 +8,10 @@ share less and less with it, see `Where`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from scipy.stats import spearmanr
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -25,6 +25,9 @@ Where = Literal["linear", "errors", "replacement", "original"]
 the layers in place alone; the original model. All but the first have attention, norms and gates
 that respond. Special tokens, and MLPs without a layer, are errors in the first two, and MLPs in
 the others."""
+
+WHERE: tuple[Where, ...] = ("errors", "replacement", "original")
+"""Where an effect can be other than predicted."""
 
 Edit = Mapping[int, float]
 """Factors, by a node's number in the graph."""
@@ -118,28 +121,8 @@ def _final(
     return local.run([*hooks, *(local.freezing(batch) if frozen else [])], output, batch)[1]
 
 
-def agreement(
-    graph: Graph,
-    local: LocalModel,
-    nodes: Int[Tensor, "n"],
-    where: Where,
-    *,
-    factor: float = 0.0,
-    batch: int = 32,
-) -> dict[str, Any]:
-    """Each node edited by itself: the graph's predictions beside what happens.
-
-    Returns:
-        ``predicted`` and ``measured`` change of the first target, a number for each node;
-        ``rank_correlation``, Spearman's, None where it is undefined.
-    """
-    edits = [{node: factor} for node in nodes.tolist()]
-    predicted = predict(graph, edits)[:, 0]
-    measured = measure(graph, local, edits, where, batch=batch)[:, 0]
-    constant = len(edits) < 2 or predicted.std() == 0 or measured.std() == 0
-    rank = None if constant else float(spearmanr(predicted, measured)[0])  # type: ignore[arg-type]
-    return {
-        "predicted": predicted.tolist(),
-        "measured": measured.tolist(),
-        "rank_correlation": rank,
-    }
+def rank_correlation(predicted: Float[Tensor, "n"], measured: Float[Tensor, "n"]) -> float | None:
+    """Spearman's; None where it is undefined."""
+    if len(predicted) < 2 or predicted.std() == 0 or measured.std() == 0:
+        return None
+    return float(spearmanr(predicted, measured)[0])  # type: ignore[arg-type]
