@@ -26,6 +26,7 @@ from mxd_lens.files import locked, read_json
 from mxd_lens.models.load import bfloat16_is_fast
 from mxd_lens.models.site import Site
 from mxd_lens.ranks import Ranks, leave, lost_rank, take_device
+from mxd_lens.report.graph import write_graph_page
 from mxd_lens.report.page import (
     agreement_of,
     write_comparison_page,
@@ -53,6 +54,7 @@ from mxd_lens.runs.config import (
     finished_runs,
 )
 from mxd_lens.runs.finetune import FinetuneConfig, run_finetune
+from mxd_lens.runs.graph import GraphConfig, run_graph
 from mxd_lens.runs.results import Experts, Joint, Row, load_layer, plain, read, read_rows, write
 from mxd_lens.runs.train import check_layer, train
 from mxd_lens.runs.workers import Where, run_workers
@@ -209,6 +211,27 @@ def run_report(cfg: analyse.AnalysisConfig) -> None:
         print(write_report(Path(run.output)))
 
 
+def show_graph(cfg: GraphConfig) -> None:
+    traced = run_graph(cfg)
+    page = write_graph_page(traced.path, traced.runs)
+    graph, pruned = traced.graph, traced.pruned
+    n_nodes = int(pruned.nodes.sum()) + len(graph.targets)
+    print(
+        f"\nof {graph.n_active:,} active experts {graph.n_units:,} are nodes; kept: {n_nodes:,} ",
+        end="",
+    )
+    print(f"nodes, {int(pruned.edges.sum()):,} edges, in {traced.seconds:.1f} s")
+    print(
+        f"through experts, and not errors: {pruned.through_units:.1%} of what reaches the target;"
+    )
+    print(f"of what nodes read, {pruned.explained:.1%}")
+    if traced.ablations is not None:
+        print("rank correlation of predicted with measured effects:")
+        for where, rank in traced.ablations.rank_correlation.items():
+            print(f"  {where}: {'undefined' if rank is None else f'{rank:.2f}'}")
+    print(f"\n{traced.path}  {page}")
+
+
 def run_compare(cfg: ManyConfig) -> None:
     show_comparison(cfg, compare(cfg, measured=write_comparison_page))
 
@@ -271,6 +294,7 @@ COMMANDS = {
     "probe": (analyse.ProbeConfig, show_probes),
     "experts": (analyse.ExpertsConfig, show_experts),
     "steer": (analyse.SteerConfig, show_steering),
+    "graph": (GraphConfig, show_graph),
     "report": (analyse.AnalysisConfig, run_report),
 }
 """Configuration, whose docstring is the command's help, and what runs it."""

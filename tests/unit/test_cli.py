@@ -110,7 +110,7 @@ def test_there_are_few_options():
             said = (action.help or "").partition(" (default")[0]
             options |= {(name, said) for name in action.option_strings if len(name) > 2}
     assert {"--model", "--strengths"} < {name for name, _ in options}
-    assert len(options) <= 62
+    assert len(options) <= 69
 
 
 def test_workers_that_cannot_be_started_are_a_sentence(run, tmp_path, monkeypatch):
