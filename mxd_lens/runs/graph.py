@@ -89,7 +89,7 @@ def run_graph(cfg: GraphConfig) -> Traced:
     model = runs[0].load_model()
     check_sources(runs, model)
     layers = {run.layer: load_layer(run.layer_path, run.device) for run in runs}
-    tokens = model.to_tokens(cfg.prompt, prepend_bos=True)[0]
+    tokens = model.to_tokens(cfg.prompt, prepend_bos=True, truncate=False)[0]
     begun = perf_counter()
     graph, local = attribute(
         model, layers, tokens, cfg.target, cfg.against, max_nodes=cfg.max_nodes
