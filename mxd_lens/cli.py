@@ -216,15 +216,14 @@ def show_graph(cfg: GraphConfig) -> None:
     page = write_graph_page(traced.path, traced.runs)
     graph, pruned = traced.graph, traced.pruned
     n_nodes = int(pruned.nodes.sum()) + len(graph.targets)
+    shares = f"{pruned.through_units:.1%} of the target, {pruned.explained:.1%} of what nodes read"
     print(
-        f"\nof {graph.n_active:,} active experts {graph.n_units:,} are nodes; kept: {n_nodes:,} ",
+        f"\n{len(traced.runs)} of {len(graph.layers)} MLPs have a layer; {graph.n_active:,} ",
         end="",
     )
-    print(f"nodes, {int(pruned.edges.sum()):,} edges, in {traced.seconds:.1f} s")
-    print(
-        f"through experts, and not errors: {pruned.through_units:.1%} of what reaches the target;"
-    )
-    print(f"of what nodes read, {pruned.explained:.1%}")
+    print(f"experts are active, {graph.n_units:,} of which are nodes")
+    print(f"kept in {traced.seconds:.1f} s: {n_nodes:,} nodes, {int(pruned.edges.sum()):,} edges")
+    print(f"from tokens by way of experts, and not from errors: {shares}")
     if traced.ablations is not None:
         print("rank correlation of predicted with measured effects:")
         for where, rank in traced.ablations.rank_correlation.items():

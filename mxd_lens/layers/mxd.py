@@ -111,12 +111,6 @@ class MxD(SparseLayer, HiddenUnits):
         shared = self.hook_shared(self.hidden(x) @ self.W_shared)
         return self.hook_sae_recons(experts * shared + self.b_dec)
 
-    def write_rows(
-        self, units: Int[Tensor, "n"], x: Float[Tensor, "n d_in"]
-    ) -> Float[Tensor, "n d_out"]:
-        """``W_dec[n] * (z W_shared)``."""
-        return self.W_dec[units] * (self.hidden(x) @ self.W_shared)
-
     def expert_weights(self, n: int) -> Float[Tensor, "d_hidden d_out"]:
         """Expert n's linear map of the hidden units, ``W_n = W_shared diag(W_dec[n])``."""
         return self.W_shared * self.W_dec[n]

@@ -67,7 +67,7 @@ class GraphConfig:
 
 @dataclass
 class Traced:
-    """What a command has made."""
+    """What the command has made."""
 
     path: Path
     """``graph-<slug>.json`` in the folder, as circuit-tracer writes it."""

@@ -144,7 +144,7 @@ def test_a_prompt_is_traced_back_through_the_layers_of_a_folder(run, tmp_path):
     assert graph["metadata"]["prompt"] == "the cat sat on"
     assert graph["metadata"]["prompt_tokens"] == ["<s>", "the", "cat", "sat", "on"]
     n_nodes, n_links = len(graph["nodes"]), len(graph["links"])
-    assert f"kept: {n_nodes} nodes, {n_links} edges" in printed and n_links > 0
+    assert f"s: {n_nodes} nodes, {n_links} edges" in printed and n_links > 0
     found = read(folder / path.name.replace("graph", "ablations"), Ablations)
     assert found is not None and len(found.rows) == 5
     assert f"original: {found.rank_correlation['original']:.2f}" in printed

@@ -378,6 +378,10 @@ class TestWhatIsRefused:
         layers[1].read_rows = lambda units: (torch.zeros(len(units), 16).double(), 0.0)
         with pytest.raises(ValueError, match=r"of layer 1 \(MxD\) are no linear function"):
             LocalModel(lm, layers, tokens)
+        layers = layers_of(lm, "mxd", [1])
+        layers[1].write_rows = lambda units, x: layers[1].W_dec[units]
+        with pytest.raises(ValueError, match=r"of layer 1 \(MxD\) write does not add up to its"):
+            LocalModel(lm, layers, tokens)
 
     def test_a_model_that_is_not_linear(self, lm, monkeypatch):
         monkeypatch.setattr(LocalModel, "freezing", lambda self, batch: [])

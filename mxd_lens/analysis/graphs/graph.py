@@ -190,12 +190,12 @@ def attribute(
     final = torch.full((n_targets,), -1), torch.full((n_targets,), len(local.tokens) - 1)
     into_targets = torch.cat(
         [
-            backward(*(part[i : i + batch] for part in (*final, targets.vectors))).cpu()
+            backward(*(part[i : i + batch] for part in (*final, targets.vectors)))
             for i in range(0, n_targets, batch)
         ]
     )
     edges = into_targets.new_zeros(n_nodes, local.n_sources)
-    reads = torch.cat([s.reads for s in local.standins.values()])
+    reads = torch.cat([s.reads.cpu() for s in local.standins.values()])
     row = torch.full((n_units,), -1)  # of each unit that has one
     with tqdm(total=n_nodes, desc="Tracing back") as progress:
         done = 0
@@ -209,10 +209,8 @@ def attribute(
                 pending = torch.arange(done, done + n)
             pending = pending.sort().values  # a pass ends at the last layer of its targets
             for some in pending.split(batch):
-                found = backward(
-                    local.layer[some], local.position[some], reads[some.to(reads.device)]
-                )
-                edges[done : done + len(some)] = found.cpu()
+                found = backward(local.layer[some], local.position[some], reads[some])
+                edges[done : done + len(some)] = found
                 row[some] = torch.arange(done, done + len(some))
                 done += len(some)
                 progress.update(len(some))
@@ -237,7 +235,8 @@ def attribute(
         unlisted=all_of_them - edges.sum(1),
         value=torch.cat([local.activation[source], targets.of(local.final).cpu()]).to(edges),
     )
-    if graph.incompleteness > 0.01:
+    rounding = 0.05 if local.embedded.dtype.itemsize < 4 else 1e-3
+    if graph.incompleteness > rounding:
         raise ValueError(
             f"edges and biases add up to something else than a node's value, by "
             f"{graph.incompleteness:.1%}: with attention patterns and norms held, this model is "
@@ -253,7 +252,7 @@ def _biases(local: LocalModel, targets: Targets) -> Float[Tensor, "n_units_and_t
         torch.einsum("nd,nd->n", reads[number][0, s.position], s.reads) + s.read_bias
         for number, s in local.standins.items()
     ]
-    return torch.cat([*pre, targets.of(final[0, -1])]).cpu()
+    return torch.cat([of_layer.cpu() for of_layer in [*pre, targets.of(final[0, -1])]])
 
 
 def _so_far(

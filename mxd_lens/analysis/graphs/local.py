@@ -27,7 +27,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -130,7 +130,10 @@ class LocalModel:
         ]
         sites |= {i: Site.at(model, i) for i in numbers if i not in sites}
         self.model = model
-        self.tokens = next(iter(sites.values())).on_model(tokens)
+        site = next(iter(sites.values()))
+        self.tokens = site.on_model(tokens)
+        if not site.non_special(self.tokens).any():
+            raise ValueError("this prompt holds special tokens only")
         hooks = model.hook_dict
         entries = ("blocks.0.hook_in", "blocks.0.hook_resid_pre")
         self._entry = next(name for name in entries if name in hooks)
@@ -158,8 +161,6 @@ class LocalModel:
             )
             for number, site in self.sites.items()
         }
-        if not any(standin.kept.any() for standin in self.standins.values()):
-            raise ValueError("this prompt holds special tokens only")
 
     @property
     def n_units(self) -> int:
@@ -202,8 +203,9 @@ class LocalModel:
         for (number, s), of_units, of_error in zip(
             self.standins.items(), of_layers, of_errors, strict=True
         ):
-            y = of_error[..., None] * s.error
-            written[number] = y.index_add(1, s.position, of_units[..., None] * s.writes)
+            y = of_error[..., None].to(s.error) * s.error
+            of_each = of_units[..., None].to(s.writes) * s.writes
+            written[number] = y.index_add(1, s.position, of_each)
         return embeddings[..., None] * self.embedded, written
 
     def run(
@@ -338,15 +340,22 @@ class Backward:
             outputs, self._leaves, gradients, retain_graph=True, allow_unused=True
         )
         n, local = len(layers), self.local
-        zero = torch.zeros_like(local.embedded)[None].expand(n, -1, -1)
-        *of_layers, of_stream = [zero if g is None else g[:n] for g in found]
+        *of_layers, of_stream = [
+            _precise(torch.zeros_like(leaf) if g is None else g)[:n]
+            for leaf, g in zip(self._leaves, found, strict=True)
+        ]
         standins = local.standins.values()
         units = [
-            torch.einsum("bnd,nd->bn", g[:, s.position], s.writes)
+            torch.einsum("bnd,nd->bn", g[:, s.position], s.writes.to(g)).cpu()
             for g, s in zip(of_layers, standins, strict=True)
         ]
-        errors = [(g * s.error).sum(-1) for g, s in zip(of_layers, standins, strict=True)]
-        return torch.cat([*units, *errors, (of_stream * local.embedded).sum(-1)], dim=1)
+        errors = [(g * s.error).sum(-1).cpu() for g, s in zip(of_layers, standins, strict=True)]
+        return torch.cat([*units, *errors, (of_stream * local.embedded).sum(-1).cpu()], dim=1)
+
+
+def _precise(x: Tensor) -> Tensor:
+    """In float32 at least."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 @contextmanager
@@ -398,7 +407,14 @@ def _stand_in(
         )
     writes = activation[:, None] * layer.write_rows(unit, inputs[token])
     output = layer.at_codes(inputs, codes)
-    constant = output - torch.zeros_like(output).index_add(0, token, writes)
+    silent = replace(codes, values=torch.zeros_like(codes.values))
+    constant = layer.at_codes(inputs, silent).expand_as(output)
+    added = constant.index_add(0, token, writes)
+    if not torch.allclose(added, output, rtol=1e-3, atol=1e-3 * float(output.abs().max())):
+        raise ValueError(
+            f"what the units of layer {site.layer} ({type(sae).__name__}) write does not add up to "
+            "its output"
+        )
     of_all, error = torch.zeros_like(y), y.clone()
     of_all[kept] = constant.to(y)
     error[kept] -= output.to(y)
