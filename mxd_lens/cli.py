@@ -27,6 +27,7 @@ from mxd_lens.hub import PushConfig, gather, send
 from mxd_lens.models.load import bfloat16_is_fast
 from mxd_lens.models.site import Site
 from mxd_lens.ranks import Ranks, leave, lost_rank, take_device
+from mxd_lens.report.graph import write_graph_page
 from mxd_lens.report.page import (
     agreement_of,
     write_comparison_page,
@@ -55,6 +56,7 @@ from mxd_lens.runs.config import (
 )
 from mxd_lens.runs.exchange import ConvertConfig, ExportConfig, run_convert, run_export
 from mxd_lens.runs.finetune import FinetuneConfig, run_finetune
+from mxd_lens.runs.graph import GraphConfig, run_graph
 from mxd_lens.runs.results import Experts, Joint, Row, load_layer, plain, read, read_rows, write
 from mxd_lens.runs.train import check_layer, train
 from mxd_lens.runs.workers import Where, run_workers
@@ -231,6 +233,26 @@ def run_push(cfg: PushConfig) -> None:
     print(f"\n{send(upload)}")
 
 
+def show_graph(cfg: GraphConfig) -> None:
+    traced = run_graph(cfg)
+    page = write_graph_page(traced.path, traced.runs)
+    graph, pruned = traced.graph, traced.pruned
+    n_nodes = int(pruned.nodes.sum()) + len(graph.targets)
+    shares = f"{pruned.through_units:.1%} of the target, {pruned.explained:.1%} of what nodes read"
+    print(
+        f"\n{len(traced.runs)} of {len(graph.layers)} MLPs have a layer; {graph.n_active:,} ",
+        end="",
+    )
+    print(f"experts are active, {graph.n_units:,} of which are nodes")
+    print(f"kept in {traced.seconds:.1f} s: {n_nodes:,} nodes, {int(pruned.edges.sum()):,} edges")
+    print(f"from tokens by way of experts, and not from errors: {shares}")
+    if traced.ablations is not None:
+        print("rank correlation of predicted with measured effects:")
+        for where, rank in traced.ablations.rank_correlation.items():
+            print(f"  {where}: {'undefined' if rank is None else f'{rank:.2f}'}")
+    print(f"\n{traced.path}  {page}")
+
+
 def run_compare(cfg: ManyConfig) -> None:
     show_comparison(cfg, compare(cfg, measured=write_comparison_page))
 
@@ -293,6 +315,7 @@ COMMANDS = {
     "probe": (analyse.ProbeConfig, show_probes),
     "experts": (analyse.ExpertsConfig, show_experts),
     "steer": (analyse.SteerConfig, show_steering),
+    "graph": (GraphConfig, show_graph),
     "report": (analyse.AnalysisConfig, run_report),
     "export": (ExportConfig, show_export),
     "convert": (ConvertConfig, show_conversion),

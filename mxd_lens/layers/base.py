@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from sae_lens.saes.sae import (
     SAE,
     SAEConfig,
@@ -334,6 +334,19 @@ class SparseLayer(PairLayer):
     ) -> Float[Tensor, "*batch d_out"]:
         """The output for an input and its codes: the layer's one formula."""
         raise NotImplementedError
+
+    def write_rows(
+        self, units: Int[Tensor, "n"], x: Float[Tensor, "n d_in"]
+    ) -> Float[Tensor, "n d_out"]:
+        """By `combine`, which is affine in the codes."""
+        at = units[:, None]
+        one = SparseCodes(torch.ones_like(at, dtype=self.dtype), at, self.cfg.d_sae)
+        return self.combine(x, one) - self.combine(x, one.with_values(0 * one.values))
+
+    def at_codes(
+        self, x: Float[Tensor, "*batch tokens d_in"], codes: Codes
+    ) -> Float[Tensor, "*#batch tokens d_out"]:
+        return self.combine(x, codes)
 
     def pick(
         self, chunks: Iterable[Float[Tensor, "chunk d_sae"]], batch: torch.Size

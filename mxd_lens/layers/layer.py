@@ -81,6 +81,24 @@ class Layer:
         """Which units are active on these inputs, and how much."""
         raise NotImplementedError
 
+    def read_rows(
+        self, units: Int[Tensor, "n"]
+    ) -> tuple[Float[Tensor, "n d_in"], Float[Tensor, "n"]]:
+        """g_n and b_n of each unit's pre-activation, ``x . g_n + b_n``."""
+        return self.sae.W_enc[:, units].T, self.sae.b_enc[units]
+
+    def write_rows(
+        self, units: Int[Tensor, "n"], x: Float[Tensor, "n d_in"]
+    ) -> Float[Tensor, "n d_out"]:
+        """What 1 of each unit's activation writes, each on an input of its own."""
+        return self.sae.W_dec[units]
+
+    def at_codes(
+        self, x: Float[Tensor, "*batch tokens d_in"], codes: Codes
+    ) -> Float[Tensor, "*#batch tokens d_out"]:
+        """The output with the codes of these tokens held, as a function of the input alone."""
+        return codes.decode(self.sae.W_dec) + self.sae.b_dec
+
     @torch.no_grad()
     def steering_directions(
         self, units: Int[Tensor, "n"], x: Float[Tensor, "tokens d_in"]

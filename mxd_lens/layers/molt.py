@@ -80,6 +80,13 @@ class MOLT(SparseLayer):
         gated = read * codes.to_dense().to(read.dtype)[..., None]
         return self.hook_sae_recons(gated.flatten(-2) @ self.W_dec.flatten(0, 1) + self.b_dec)
 
+    def write_rows(
+        self, units: Int[Tensor, "n"], x: Float[Tensor, "n d_in"]
+    ) -> Float[Tensor, "n d_out"]:
+        """``x W_read[n]^T W_dec[n]``."""
+        read = torch.einsum("ni,nri->nr", x, self.W_read[units])
+        return torch.einsum("nr,nro->no", read, self.W_dec[units])
+
     @property
     def dense_width(self) -> int:
         return self.cfg.d_sae * self.cfg.rank

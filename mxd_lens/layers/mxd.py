@@ -279,6 +279,13 @@ class TrainingMxD(MxD, TrainingSparseLayer):
         values = gate_values(*chosen, *gate, counts=codes.counts, unit_norm=True)
         return codes.with_values(values * scale)
 
+    def read_rows(
+        self, units: Int[Tensor, "n"]
+    ) -> tuple[Float[Tensor, "n d_in"], Float[Tensor, "n"]]:
+        rows, bias = super().read_rows(units)
+        scale = self.log_gate_scale.exp()
+        return rows * scale, (bias - rows @ self.gate_mean) * scale
+
     def losses(self, y_hat: Tensor, y: Tensor, codes: Codes) -> dict[str, Tensor]:
         losses = super().losses(y_hat, y, codes)
         if self.cfg.write_directions:

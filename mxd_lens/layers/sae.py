@@ -54,6 +54,13 @@ class SAELensTranscoder(SAELensLayer):
 
     label: ClassVar[str] = "transcoder"
 
+    def at_codes(
+        self, x: Float[Tensor, "*batch tokens d_in"], codes: Codes
+    ) -> Float[Tensor, "*#batch tokens d_out"]:
+        decoded = super().at_codes(x, codes)
+        skip = getattr(self.sae, "W_skip", None)
+        return decoded if skip is None else decoded + x @ skip.T
+
 
 class OutputSAE(SAELensLayer):
     """An SAE of the MLP's output."""

@@ -242,6 +242,28 @@ def _colours(frame: pd.DataFrame) -> dict[str, Any]:
     return {"color_discrete_map": dict(zip(names, cycle(qualitative.Plotly), strict=False))}
 
 
+WHERE = {
+    "errors": "layers in place, beside the prompt's errors",
+    "replacement": "layers in place",
+    "original": "original model",
+}
+"""Where a graph's nodes are ablated."""
+
+
+def ablations(found: dict[str, Any]) -> go.Figure:
+    """What happens when experts are ablated, over what a graph predicts."""
+    frame = pd.DataFrame(found["rows"])
+    frame["expert"] = [f"{r['layer']}#{r['unit']}, token {r['position']}" for r in found["rows"]]
+    long = frame.melt(["expert", "predicted"], [*WHERE], var_name="where", value_name="measured")
+    long["where"] = long["where"].map(WHERE)
+    figure = px.scatter(long, x="predicted", y="measured", color="where", hover_name="expert")
+    ends = [float(frame["predicted"].min()), float(frame["predicted"].max())]
+    figure.add_scatter(x=ends, y=ends, mode="lines", line={"color": "gray", "dash": "dot"})
+    figure.data[-1].update(name="as predicted", hoverinfo="skip")
+    axes = {"xaxis_title": "predicted change", "yaxis_title": "measured change"}
+    return _styled(figure, "Single experts ablated: change of the first target", **axes)
+
+
 def _styled(figure: go.Figure, title: str, **layout: Any) -> go.Figure:
     legend = {"orientation": "h", "y": -0.25, "title": None}
     figure.update_layout(title=title, legend=legend, template="plotly_white")

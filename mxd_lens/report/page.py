@@ -142,9 +142,14 @@ def agreement_of(experts: dict[str, Any]) -> str:
 
 def _write(path: Path, template: str, row: dict[str, Any], **parts: Any) -> None:
     """Render a template: a page about one layer, unless it says ``everything`` of several."""
-    shared = {"row": row, "plotly": get_plotlyjs()}
     of_one = {} if "numbers" in parts else _of_one_layer(row)
-    write_text(path, _PAGES.get_template(template).render(shared | of_one | parts))
+    write_page(path, template, **{"row": row} | of_one | parts)
+
+
+def write_page(path: Path, template: str, **parts: Any) -> None:
+    """Render a template, with plotly's script if it may have figures."""
+    plotly = get_plotlyjs() if parts.get("figures", True) else ""
+    write_text(path, _PAGES.get_template(template).render(plotly=plotly, **parts))
 
 
 def _of_one_layer(row: dict[str, Any]) -> dict[str, Any]:

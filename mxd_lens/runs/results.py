@@ -168,6 +168,29 @@ class Joint:
 
 
 @result
+class Ablation:
+    """An expert ablated at one position: the target's change that the graph predicts, and what
+    happens, see `mxd_lens.analysis.graphs.interventions.Where`."""
+
+    layer: int
+    unit: int
+    position: int
+    predicted: float
+    errors: float
+    replacement: float
+    original: float
+
+
+@result
+class Ablations:
+    """ablations-<slug>.json of a graph; Spearman's correlations of predicted with measured."""
+
+    target: str
+    rank_correlation: dict[str, float | None]
+    rows: Annotated[list[Ablation], Field(min_length=1)]
+
+
+@result
 class ProbeMeans:
     """Mean scores, over classes and splits, of probes on ``n_features`` features (None: all) of
     the layer that ``architecture``, ``k`` and ``run_seed`` name, of the MLP's ``neurons``, or of

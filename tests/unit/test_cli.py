@@ -12,7 +12,7 @@ from sae_lens import SAE
 
 from mxd_lens.analysis.joint import PROMPTS
 from mxd_lens.cli import COMMANDS, main, make_parser
-from mxd_lens.runs.results import Joint, read, read_rows
+from mxd_lens.runs.results import Ablations, Joint, read, read_rows
 
 
 @pytest.fixture
@@ -117,7 +117,7 @@ def test_there_are_few_options():
             said = (action.help or "").partition(" (default")[0]
             options |= {(name, said) for name in action.option_strings if len(name) > 2}
     assert {"--model", "--strengths"} < {name for name, _ in options}
-    assert len(options) <= 66
+    assert len(options) <= 70
 
 
 def test_export_then_convert(run, tmp_path):
@@ -166,3 +166,37 @@ def test_a_flag_is_switched_off_by_its_value():
         return make_parser().parse_args(["compare", *arguments]).cfg.streaming
 
     assert [said(), said("--streaming"), said("--streaming", "false")] == [False, True, False]
+
+
+def test_a_prompt_is_traced_back_through_the_layers_of_a_folder(run, tmp_path):
+    folder = tmp_path / "many"
+    arguments = f"--output {folder} --layers 0 1 2 --expansion 8 --n_sequences 4 --k 2"
+    run("train", *arguments.split(), "--architectures", "topk_transcoder", "mxd")
+    asked = [str(folder), "--prompt", "the cat sat on"]
+    printed = run("graph", *asked, "--architecture", "mxd", "--ablations", "5")
+    (path,) = folder.glob("graph-the-cat-sat-on-*.json")
+    graph = json.loads(path.read_text())
+    assert graph["metadata"]["prompt"] == "the cat sat on"
+    assert graph["metadata"]["prompt_tokens"] == ["<s>", "the", "cat", "sat", "on"]
+    n_nodes, n_links = len(graph["nodes"]), len(graph["links"])
+    assert f"s: {n_nodes} nodes, {n_links} edges" in printed and n_links > 0
+    found = read(folder / path.name.replace("graph", "ablations"), Ablations)
+    assert found is not None and len(found.rows) == 5
+    assert f"original: {found.rank_correlation['original']:.2f}" in printed
+    page = path.with_suffix(".html").read_text()
+    assert "What follows “the cat sat on”" in page and "Single experts ablated" in page
+    pair = ["--target", "mat", "--against", "dog"]
+    run("graph", *asked, "--architecture", "topk_transcoder", *pair, "--max_nodes", "9")
+    (other,) = {*folder.glob("graph-*.json")} - {path}
+    logits = [node for node in json.loads(other.read_text())["nodes"] if node["layer"] == "4"]
+    assert [node["clerp"].partition(" (p=")[0] for node in logits] == ['Output "mat - dog"']
+    for wrong, why in {
+        (): "several layers for one MLP",
+        ("--architecture", "molt"): "has no layer of",
+        ("--architecture", "mxd", "--target", "mat dog"): "'mat dog' is not one token but 2",
+        ("--architecture", "mxd", "--against", "mat"): "needs a target",
+    }.items():
+        with pytest.raises(SystemExit, match=why):
+            run("graph", *asked, *wrong)
+    with pytest.raises(SystemExit, match="a prompt of 41 tokens: this model reads 1 to 32"):
+        run("graph", str(folder), "--prompt", "cat " * 40, "--architecture", "mxd")

@@ -121,6 +121,8 @@ def test_it_goes_through_everything(
     assert "are meaningful" in capsys.readouterr().out
     main(f"steer {run} --n_experts 2 --n_samples 2 --sample_tokens 3 --strengths 1".split())
     assert "| gain_transcoder | 1 | 2 |" in capsys.readouterr().out
+    main(["graph", str(run), "--prompt", "the cat sat on"])
+    assert "1 of 3 MLPs have a layer; 12 experts are active" in capsys.readouterr().out
     main(["report", str(run)])
     assert capsys.readouterr().out.strip() == str(run / "report.html")
     with pytest.raises(SystemExit, match=r"experts.json was made with n_tokens=500, and this asks"):
@@ -129,6 +131,9 @@ def test_it_goes_through_everything(
         assert json.loads((run / f"{name}.json").read_text())["version"] == VERSION
     directions = layer.steering_directions(torch.arange(layer.cfg.d_sae), x)
     torch.testing.assert_close(directions, layer.W_dec * layer.gain)
+    every = torch.arange(layer.cfg.d_sae)
+    written = layer.write_rows(every, torch.randn(len(every), D_MODEL))
+    torch.testing.assert_close(written, layer.W_dec * layer.gain)
     page = (run / "report.html").read_text()
     assert "gain transcoder, k = 3" in page and "dense control" in page
     assert "mxd-lens experts" not in page
