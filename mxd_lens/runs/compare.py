@@ -323,7 +323,10 @@ def measure_together(folder: Path, text: OtherText, n_sequences: int = 64) -> Pa
                 model_name=cfg.model,
                 dataset=text.dataset or f"{cfg.dataset} (held out)",
                 **evaluate_jointly(model, layers, tokens),
-                continuations=[Continuation(*of_prompt) for of_prompt in written],
+                continuations=[
+                    Continuation(prompt=prompt, original=before, replaced=after)
+                    for prompt, before, after in written
+                ],
             )
         )
     path = folder / f"{results_stem(text.dataset).replace('results', 'joint', 1)}.json"
