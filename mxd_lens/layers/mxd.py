@@ -9,7 +9,8 @@ of the dense hidden units ``z`` (Oldfield et al. 2025, arXiv 2505.21364, section
       = (a W_dec) * (z W_shared) + b_dec                               [.., d_out]
 
 The gate and the experts have SAELens' names. The default recipe copies the hidden units from the
-original MLP and centres the gate; the paper's is in `mxd_lens.layers.mxd_paper`.
+original MLP and centres the gate; others are in `mxd_lens.layers.mxd_meaningful` and
+`mxd_lens.layers.mxd_paper`.
 """
 
 from __future__ import annotations
