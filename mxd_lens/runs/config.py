@@ -293,8 +293,8 @@ class ManyConfig(RunConfig, Recipe, Measuring):
     layers: Layers
     """Which MLPs to replace, counted from 0, or all."""
     architectures: EachOnce[Name] = field(default_factory=lambda: ["mxd"])
-    """mxd, mxd_meaningful, mxd_paper, molt, topk_transcoder, topk_skip_transcoder, dense, or any that
-    SAELens trains, which is then an SAE of the MLP's output (topk, jumprelu, ...)."""
+    """mxd, mxd_meaningful, mxd_paper, molt, topk_transcoder, topk_skip_transcoder, dense, or any
+    that SAELens trains, which is then an SAE of the MLP's output (topk, jumprelu, ...)."""
     k: EachOnce[Count] = field(default_factory=lambda: [32])
     """Active experts or units per token; an architecture without a k is trained once a seed."""
     seeds: EachOnce[Seed] = field(default_factory=lambda: [0])
