@@ -221,7 +221,7 @@ COMMANDS = {
         {"n_tokens": "300", "effect_strength": "0", "sample_tokens": "2"},
         "*/experts.json",
     ),
-    "label": (10, LABEL, {"n_tokens": "200", "n_experts": "2"}, "*/labels.json"),
+    "label": (5, LABEL, {"n_tokens": "200", "n_experts": "2"}, "*/labels.json"),
     "steer": (25, STEER, SAMPLED, "*/steering.json"),
     "report": (5, {"k": number}, {}, "*/report.html"),
     "export": (

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -56,6 +58,14 @@ class TestChatNamer:
         assert ChatNamer(ChatModel())(CONTEXTS) == "" and len(server.requests) == 3
         server.answers = [(200, message(answer), {}), (200, message('{"name": "cats"}'), {})]
         assert ChatNamer(ChatModel())(CONTEXTS) == "cats"
+
+
+def test_the_documentations_example(server, capsys):
+    page = (Path(__file__).parents[2] / "docs" / "labels.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    server.answers = [(200, message('{"name": "cats"}'), {}), (200, message("[1, 0]"), {})]
+    exec(example, {})
+    assert capsys.readouterr().out == "cats [True, False]\n"
 
 
 class TestChatDetector:
