@@ -180,7 +180,7 @@ class TestLocalChat:
         assert LocalChat(model, n_tokens=5)("a cat") == answer
 
     def test_a_question_that_is_too_long(self, model):
-        with pytest.raises(ValueError, match="question of 36 tokens and an answer of up to 5 are"):
+        with pytest.raises(ValueError, match="question of 34 tokens and an answer of up to 5 are"):
             LocalChat(model, n_tokens=5)("cat " * 30)
 
     def test_a_model_without_a_template(self, model):
