@@ -226,7 +226,7 @@ def detection(
     if not answered:
         return None, None, unanswered
     matches = [bool(said[i]) for i in answered]
-    f1 = f1_score(fires[answered], matches, zero_division=0.0)
+    f1 = f1_score(fires[answered], matches, zero_division=0.0)  # type: ignore[arg-type]
     return float(f1), float(accuracy_score(fires[answered], matches)), unanswered
 
 
