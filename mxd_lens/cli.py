@@ -30,6 +30,7 @@ from mxd_lens.ranks import Ranks, leave, lost_rank, take_device
 from mxd_lens.report.graph import write_graph_page
 from mxd_lens.report.page import (
     agreement_of,
+    detection_of,
     write_comparison_page,
     write_joint_page,
     write_report,
@@ -57,7 +58,17 @@ from mxd_lens.runs.config import (
 from mxd_lens.runs.exchange import ConvertConfig, ExportConfig, run_convert, run_export
 from mxd_lens.runs.finetune import FinetuneConfig, run_finetune
 from mxd_lens.runs.graph import GraphConfig, run_graph
-from mxd_lens.runs.results import Experts, Joint, Row, load_layer, plain, read, read_rows, write
+from mxd_lens.runs.results import (
+    Experts,
+    Joint,
+    Labels,
+    Row,
+    load_layer,
+    plain,
+    read,
+    read_rows,
+    write,
+)
 from mxd_lens.runs.train import check_layer, train
 from mxd_lens.runs.workers import Where, run_workers
 
@@ -202,6 +213,11 @@ def show_experts(cfg: analyse.ExpertsConfig) -> None:
         print(agreement_of(found))
 
 
+def show_labels(cfg: analyse.LabelsConfig) -> None:
+    for path in analyse.run_label(cfg):
+        print(f"\n{path}: {detection_of(plain(read(path, Labels)))}")
+
+
 def show_steering(cfg: analyse.SteerConfig) -> None:
     paths = analyse.run_steer(cfg)
     print(f"\n{analyse.steering_table(paths)}\n")
@@ -314,6 +330,7 @@ COMMANDS = {
     "finetune": (FinetuneConfig, show_finetuning),
     "probe": (analyse.ProbeConfig, show_probes),
     "experts": (analyse.ExpertsConfig, show_experts),
+    "label": (analyse.LabelsConfig, show_labels),
     "steer": (analyse.SteerConfig, show_steering),
     "graph": (GraphConfig, show_graph),
     "report": (analyse.AnalysisConfig, run_report),

@@ -46,6 +46,7 @@ from mxd_lens.runs.results import (
     Comparison,
     Experts,
     Joint,
+    Labels,
     Probes,
     Row,
     Steering,
@@ -75,6 +76,7 @@ _RESULTS: dict[str, Any] = {
     "results*.json": Row | Comparison,
     "joint*.json": Joint,
     "experts.json": Experts,
+    "labels.json": Labels,
     "probe.json": Probes,
     "steering.json": Steering,
 }

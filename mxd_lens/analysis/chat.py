@@ -104,6 +104,45 @@ class ChatModel:
         return ValueError(sentence.replace(self._key, "***") if self._key else sentence)
 
 
+class LocalChat:
+    """A chat model in this process, such as ``LocalChat(load_model("demo:smollm2"))``.
+
+    It gives the likeliest answer, of up to n_tokens, and nothing is sent anywhere.
+
+    Raises:
+        ValueError: its tokenizer has no chat template, and in a call: question and answer are
+            longer than the model reads.
+    """
+
+    def __init__(self, model: Any, n_tokens: int = 256):
+        if not model.tokenizer.chat_template:
+            raise ValueError(f"{model.cfg.model_name} is no chat model: it has no chat template")
+        self.model = model
+        self.n_tokens = n_tokens
+
+    def __call__(self, prompt: str) -> str:
+        tokenizer = self.model.tokenizer
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
+        )
+        tokens = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+        n_prompt = tokens.shape[1]  # [1, n_prompt]
+        if n_prompt + self.n_tokens > self.model.cfg.n_ctx:
+            raise ValueError(
+                f"a question of {n_prompt} tokens and an answer of up to {self.n_tokens} are "
+                f"longer than the {self.model.cfg.n_ctx} that {self.model.cfg.model_name} reads"
+            )
+        written = self.model.generate(
+            tokens.to(self.model.cfg.device),
+            max_new_tokens=self.n_tokens,
+            temperature=0.0,
+            do_sample=False,
+            verbose=False,
+            return_type="tokens",
+        )
+        return tokenizer.decode(written[0, n_prompt:], skip_special_tokens=True)
+
+
 class _NoRedirects(HTTPRedirectHandler):
     """The key goes to the endpoint alone: a redirect is an error."""
 
@@ -173,15 +212,22 @@ class ChatJudge:
 
 
 def _scores(answer: str) -> Iterator[Scores]:
-    """The scores in an answer, wherever in it: some models think aloud first, or fence JSON in."""
-    decoder = json.JSONDecoder()
-    for at, character in enumerate(answer):
-        if character != "{":
-            continue
+    for said in json_values(answer):
         try:
-            said = decoder.raw_decode(answer, at)[0]
             scores = {name: float(said[name]) for name in ("concept", "fluency")}
-        except (ValueError, LookupError, TypeError, RecursionError):
+        except (ValueError, LookupError, TypeError):
             continue
         if all(0 <= score <= 1 for score in scores.values()):
             yield scores
+
+
+def json_values(answer: str) -> Iterator[Any]:
+    """The JSON objects and lists in an answer, wherever in it, those within others too: some
+    models think aloud first, or fence JSON in."""
+    decoder = json.JSONDecoder()
+    for at, character in enumerate(answer):
+        if character in "{[":
+            try:
+                yield decoder.raw_decode(answer, at)[0]
+            except (ValueError, RecursionError):
+                continue

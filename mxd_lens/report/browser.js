@@ -21,12 +21,12 @@ const firing = ([text, position]) => data.texts[text][position];
 
 const haystacks = new Map();
 
-/** What of an expert is searched: name, promoted tokens, strongest contexts. */
+/** What of an expert is searched: name, label, promoted tokens, strongest contexts. */
 function haystack(expert) {
   if (!haystacks.has(expert.id)) {
     const promoted = (expert.promoted || []).map(([token]) => token);
     const contexts = expert.contexts.filter(isTop).map((context) => nearby(context).join(""));
-    haystacks.set(expert.id, [expert.name, ...promoted, ...contexts].join("\n").toLowerCase());
+    haystacks.set(expert.id, [expert.name, expert.label?.[0], ...promoted, ...contexts].join("\n").toLowerCase());
   }
   return haystacks.get(expert.id);
 }
@@ -100,7 +100,7 @@ function row(expert, i) {
     probe ? `F1 ${number(probe.f1, 2)}${probe.n > 1 ? ` of ${probe.n}` : ""}` : null,
   ];
   return el("li", { role: "option", id: `option-${expert.id}`, "data-row": i, "aria-selected": expert.id === selected() },
-    el("span", { class: "id" }, `#${expert.id}`), nameOf(expert),
+    el("span", { class: "id" }, `#${expert.id}`), nameOf(expert), labelOf(expert),
     el("span", { class: "small" }, small.filter((part) => part).join(" · ")));
 }
 
@@ -109,6 +109,13 @@ function nameOf(expert) {
   if (expert.name) return el("span", { class: "name" }, expert.name);
   const token = expert.contexts.length ? firing(expert.contexts[0]) : "";
   return el("span", { class: "name none" }, "on “", ...visibleToken(token.trim() || token), "”");
+}
+
+/** Its label, where that is another name, and how well that tells its contexts. */
+function labelOf({ name, label }) {
+  if (!label) return null;
+  const shown = label[0] && label[0] !== name ? [label[0]] : [];
+  return el("span", { class: "small" }, [...shown, `detection F1 ${number(label[1], 2)}`].join(" · "));
 }
 
 function moveTo(i) {
@@ -175,7 +182,7 @@ function describe(expert) {
     lower.get(context[3]).push(context);
   }
   return [
-    el("h3", { tabindex: "-1" }, el("span", { class: "id" }, `#${expert.id}`), nameOf(expert)),
+    el("h3", { tabindex: "-1" }, el("span", { class: "id" }, `#${expert.id}`), nameOf(expert), labelOf(expert)),
     el("dl", { class: "numbers" }, ...numbers.map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, value)))),
     ...part("Strongest contexts", expert.contexts.filter(isTop).map((context) => contextRow(context, expert))),
     el("div", { class: "columns" },

@@ -20,11 +20,22 @@ from plotly.utils import PlotlyJSONEncoder
 from sae_lens.constants import RUNNER_CFG_FILENAME
 from torch import Tensor
 
+from mxd_lens.analysis.labels import detection_scores
 from mxd_lens.files import write_text
 from mxd_lens.report import figures, tables
 from mxd_lens.report.tables import Table, layer_label, method_label
 from mxd_lens.runs.config import COMPARISON_FILENAME
-from mxd_lens.runs.results import Experts, Joint, Probes, Row, Steering, plain, read, read_rows
+from mxd_lens.runs.results import (
+    Experts,
+    Joint,
+    Labels,
+    Probes,
+    Row,
+    Steering,
+    plain,
+    read,
+    read_rows,
+)
 
 
 def write_comparison_page(results: Path) -> None:
@@ -39,7 +50,7 @@ def write_comparison_page(results: Path) -> None:
     rows = _with_agreement(read_rows(results), results.parent)
     opening = _opening(rows)
     mlps = sorted({row["hook_layer"] for row in rows})
-    described, experts = _described(results.parent, opening)
+    described, experts, labels = _described(results.parent, opening)
     _write(
         results.with_suffix(".html"),
         "comparison.html",
@@ -56,7 +67,8 @@ def write_comparison_page(results: Path) -> None:
         folder=shlex.quote(str(results.parent)),
         described=described,
         experts=experts,
-        data=experts and _browsed(experts, []),
+        labels=labels,
+        data=experts and _browsed(experts, [], labels),
     )
 
 
@@ -101,6 +113,7 @@ def write_report(run: Path) -> Path:
     alike = [path for path, row in runs.items() if (row["k"], row["seed"]) == this[1:]]
     alike = [folder, *(path for path in alike if path != folder)]
     experts = _read(run / "experts.json", Experts)
+    labels = _read(run / "labels.json", Labels)
     probed = _read_all(alike, "probe.json", Probes)
     who = ("architecture", "k", "run_seed")
     rows = [of_probe for file in probed for of_probe in file["rows"]]
@@ -122,7 +135,8 @@ def write_report(run: Path) -> Path:
         steering=_steering(steered),
         steered_this=(run / "steering.json").exists(),
         experts=experts,
-        data=experts and _browsed(experts, _chosen(reads)),
+        labels=labels,
+        data=experts and _browsed(experts, _chosen(reads), labels),
     )
     return path
 
@@ -137,6 +151,27 @@ def agreement_of(experts: dict[str, Any]) -> str:
         f"{sum(agreement) / len(agreement):.1%} of the other experts on average (by chance: 50%), "
         f"and than with those of 99% for {sum(a > 0.99 for a in agreement):,} experts (by chance: "
         f"{0.01 * len(agreement):,.0f})."
+    )
+
+
+def detection_of(labels: dict[str, Any]) -> str:
+    """How well names tell where experts fire, in a sentence; none if that was not measured."""
+    found = detection_scores(labels["labels"])
+    if found is None:
+        return ""
+
+    def spread(name: str, form: str = ".2f") -> str:
+        ends = found[f"{name}_interval"]
+        return "" if ends is None else f" ({ends[0]:{form}} to {ends[1]:{form}})"
+
+    unanswered = found["unanswered"]
+    return (
+        f"Names of {found['n']:,} experts, by {labels['namer']}, tell held-out contexts with an F1 "
+        f"of {found['f1']:.2f}{spread('f1')}, other experts' names with one of "
+        f"{found['f1_shuffled']:.2f}{spread('f1_shuffled')}: a gain of "
+        f"{found['gain']:+.2f}{spread('gain', '+.2f')}. Accuracy {found['accuracy']:.2f} and "
+        f"{found['accuracy_shuffled']:.2f}, by chance 0.50. Judge: {labels['judge']}"
+        + (f"; it left {unanswered:.0%} of the contexts unanswered." if unanswered else ".")
     )
 
 
@@ -181,7 +216,11 @@ _PAGES.policies["json.dumps_kwargs"] = {
     "separators": (",", ":"),
 }
 _PAGES.filters["plot"] = _plot
-_PAGES.globals |= {"agreement_of": agreement_of, "layer_label": layer_label}
+_PAGES.globals |= {
+    "agreement_of": agreement_of,
+    "detection_of": detection_of,
+    "layer_label": layer_label,
+}
 
 
 # What is in the folder
@@ -253,17 +292,21 @@ def _opening(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row for row in first if row["k"] == ks[len(ks) // 2]]
 
 
-def _described(folder: Path, opening: list[dict[str, Any]]) -> tuple[str, dict[str, Any] | None]:
-    """A layer of a comparison and its experts: one of the opening's, or else any other."""
+def _described(
+    folder: Path, opening: list[dict[str, Any]]
+) -> tuple[str, dict[str, Any] | None, dict[str, Any] | None]:
+    """A layer of a comparison, its experts and their labels: one of the opening's, or else any
+    other."""
     names = ("architecture", "k", "seed")
     opened = [[row[name] for name in names] for row in opening]
     runs = [(row, run / "experts.json") for run, row in _rows(folder).items()]
     runs = [(row, path) for row, path in runs if path.exists()]
     runs.sort(key=lambda run: [run[0][name] for name in names] not in opened)
     if not runs:
-        return "", None
+        return "", None, None
     row, path = runs[0]
-    return f"{layer_label(row)}, seed {row['seed']}", _read(path, Experts)
+    label = f"{layer_label(row)}, seed {row['seed']}"
+    return label, _read(path, Experts), _read(path.with_name("labels.json"), Labels)
 
 
 # Probes and steering
@@ -331,13 +374,21 @@ def _chosen(reads: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _browsed(experts: dict[str, Any] | None, chosen: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """What the page's script reads: the experts, their contexts as lists, and the classes."""
+def _browsed(
+    experts: dict[str, Any] | None,
+    chosen: list[dict[str, Any]],
+    labels: dict[str, Any] | None,
+) -> dict[str, Any] | None:
+    """What the page's script reads: the experts, their contexts as lists, their labels as [name,
+    F1] where they have one, and the classes."""
     if experts is None:
         return None
     keys = ("text", "position", "value", "quantile")
+    labelled = {row["id"]: [row["name"], row["f1"]] for row in (labels or {"labels": []})["labels"]}
     rows = [
-        expert | {"contexts": [[context[key] for key in keys] for context in expert["contexts"]]}
+        expert
+        | {"contexts": [[context[key] for key in keys] for context in expert["contexts"]]}
+        | ({"label": labelled[expert["id"]]} if expert["id"] in labelled else {})
         for expert in experts["experts"]
     ]
     return {"texts": experts["texts"], "experts": rows, "classes": chosen}

@@ -5,6 +5,7 @@ Each takes the folder of one run or of a comparison, and keeps what its files al
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import field, fields
@@ -14,6 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -24,9 +26,23 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from simple_parsing import field as argument
 from torch import Tensor
+from tqdm.auto import tqdm
 
+from mxd_lens.analysis.chat import ChatModel, LocalChat
 from mxd_lens.analysis.embedding import embed
+from mxd_lens.analysis.experts.corpus import N_TOP, read_corpus, read_firings
+from mxd_lens.analysis.experts.effects import short
 from mxd_lens.analysis.experts.report import inspect_experts
+from mxd_lens.analysis.labels import (
+    ChatDetector,
+    ChatNamer,
+    Detector,
+    EmbeddingDetector,
+    Namer,
+    detection,
+    heldout_contexts,
+    marked,
+)
 from mxd_lens.analysis.probing import (
     SCORES,
     Features,
@@ -45,10 +61,11 @@ from mxd_lens.analysis.steering import (
 )
 from mxd_lens.data.labelled import DEMO_LABELLED, load_labelled
 from mxd_lens.data.reading import read_heldout
-from mxd_lens.data.text import Text, read
-from mxd_lens.fields import Count, EachOnce, Finite, Index, Name, PathStr, config
-from mxd_lens.files import locked
+from mxd_lens.data.text import Text, load_text, read
+from mxd_lens.fields import Count, EachOnce, Finite, Index, Name, PathStr, Seed, config
+from mxd_lens.files import check_same, locked
 from mxd_lens.layers import answers
+from mxd_lens.models.load import load_model
 from mxd_lens.models.site import Site
 from mxd_lens.runs import results
 from mxd_lens.runs.claims import check_sources
@@ -316,6 +333,173 @@ def run_experts(cfg: ExpertsConfig) -> list[Path]:
                 file.value.asked["samples"] = asked["samples"]
                 file.save(file.value)
         return [file.path for _, file in files]
+
+
+@config
+class LabelsConfig(AnalysisConfig):
+    """Name experts by a chat model, and score by other text how well their names tell them apart.
+
+    Example: mxd-lens label runs/demo/layer6-mxd-k32-seed0
+    """
+
+    chat: PathStr | None = None
+    """A chat model to run here, named as for train. By default OPENAI_MODEL, to which contexts are
+    sent at OPENAI_BASE_URL; where that is not set none: names of experts.json are scored."""
+    n_experts: Count = 24
+    """Random experts to label; more are added to those that are there."""
+    n_tokens: Count = 100_000
+    """Tokens to read."""
+    seed: Seed = 0
+    """Seed of all that is random."""
+
+
+_N_FITTED = 50  # experts on whose contexts a threshold is chosen
+
+
+def run_label(cfg: LabelsConfig) -> list[Path]:
+    """Label experts that have been described, see `mxd_lens.analysis.labels`.
+
+    Names are made from their 10 top contexts, and scored on text that follows what they were
+    described on. Without a chat model names stay, and all-MiniLM-L6-v2 is the judge.
+
+    Returns:
+        ``labels.json`` in each run's folder, a `Labels`. Experts that it has are kept, and so is
+        each when it is finished.
+
+    Raises:
+        ValueError: no such layers, experts that were not described or not on this text, none with
+            10 top contexts, nothing left of their text, a chat model that cannot be had, or a file
+            made otherwise.
+    """
+    remote = ChatModel() if cfg.chat is None and os.environ.get("OPENAI_BASE_URL") else None
+    name = remote.model if remote else cfg.chat
+    how = cfg.settings() | {"chat": name}
+    del how["n_experts"]
+    described: dict[str, results.Experts] = {}
+
+    def asked(run: TrainConfig) -> Parts:
+        path = Path(run.output) / "experts.json"
+        found = results.read(path, results.Experts)
+        if found is None:
+            raise ValueError(f"there is no {path}: run `mxd-lens experts {run.output}` first")
+        described[run.output] = found
+        ids = _in_random_order(found, cfg.seed)[: cfg.n_experts]
+        if len(ids) < 2:
+            raise ValueError(f"{path} has no two experts with {N_TOP} top contexts to name")
+        return {"settings": how | _contexts_of(found)} | {expert: {} for expert in ids}
+
+    with _files(cfg, "labels.json", results.Labels, asked) as files:
+        site = chat = None
+        for run, file in files:
+            missing: list[Any] = [part for part in file.missing if part != "settings"]
+            if not missing:
+                continue
+            print(f"\n{run}", flush=True)
+            found = described[run.output]
+            order = _in_random_order(found, cfg.seed)
+            site = site or _load_site(run)
+            sae = load_layer(run.layer_path, run.device)
+            n_tokens = found.n_tokens + cfg.n_tokens
+            texts = _described_text(run, found)
+            corpus = read_corpus(site, texts, n_tokens, run.context_size).after(found.n_tokens)
+            reading = values(run, ("lm_batch_size", "autocast"))
+            firings = read_firings(site, sae, corpus, **reading)
+            contexts = heldout_contexts(missing, firings, corpus, cfg.seed)
+            if cfg.chat is not None:
+                chat = chat or LocalChat(load_model(cfg.chat, device=run.device))
+            namer, detector = _namer_and_detector(remote or chat, found, order, run.device)
+            judge = f"{name}"
+            if isinstance(detector, EmbeddingDetector):
+                judge = f"all-MiniLM-L6-v2, cosine of at least {detector.threshold:.3f}"
+            file.value = file.value or results.Labels(
+                asked=how | _contexts_of(found),
+                namer=name or "words of the contexts",
+                judge=judge,
+                n_tokens=len(corpus.ids),
+                labels=[],
+            )
+            for expert in tqdm(missing, desc="Labelling", unit="expert"):
+                place = order.index(expert)
+                # The one before, so that experts that are added later change nothing.
+                other = order[place - 1] if place else order[1]
+                label, another = (_named(file, found, i, namer) for i in (expert, other))
+                own, theirs = (
+                    detection(detector, named.name, *contexts[expert]) for named in (label, another)
+                )
+                label.shuffled, label.n_contexts = other, len(contexts[expert][0])
+                label.f1, label.accuracy = map(_short, own[:2])
+                label.f1_shuffled, label.accuracy_shuffled = map(_short, theirs[:2])
+                label.unanswered = own[2] + theirs[2]
+                file.save(file.value)
+        return [file.path for _, file in files]
+
+
+def _contexts_of(found: results.Experts) -> dict[str, Any]:
+    """What labels depend on beside their own settings."""
+    return {"experts": found.asked.get("contexts", {})}
+
+
+def _in_random_order(found: results.Experts, seed: int) -> list[int]:
+    """Experts with enough contexts to be named by."""
+    ids = [expert.id for expert in found.experts if len(_top(expert)) == N_TOP]
+    return np.random.default_rng(seed).permutation(ids).astype(int).tolist()
+
+
+def _top(expert: results.Expert) -> list[results.Context]:
+    return [context for context in expert.contexts if context.quantile == 1]
+
+
+def _described_text(run: TrainConfig, found: results.Experts) -> Text:
+    """What the experts were described on; ValueError if that is another text now."""
+    how = found.asked.get("contexts", {})
+    if how.get("dataset") is None:
+        return _documents(run)[0]
+    source = how["dataset"], how["dataset_split"], how["text_column"], how["streaming"]
+    check_same(Path(run.output) / "experts.json", how, _of_local(*source[:2]))
+    return load_text(*source)
+
+
+def _namer_and_detector(
+    chat: Callable[[str], str] | None, found: results.Experts, order: list[int], device: str
+) -> tuple[Namer | None, Detector]:
+    """A chat model in both roles, or no namer and the sentence embeddings, whose threshold is
+    chosen on the contexts that some experts are named by."""
+    if chat is not None:
+        return ChatNamer(chat), ChatDetector(chat)
+    some = {expert.id: expert for expert in found.experts if expert.name}
+    some = [some[i] for i in order if i in some][:_N_FITTED]
+    if len(some) < 2:
+        raise ValueError("no two of these experts have a name to score: name them by a chat model")
+    names = [expert.name for expert in some]
+    shown = [_shown(expert, found, signs=("", "")) for expert in some]
+    return None, EmbeddingDetector.fitted(names, shown, partial(embed, device=device))
+
+
+def _shown(expert: results.Expert, found: results.Experts, **how: Any) -> list[str]:
+    """What a namer is shown of an expert, see `marked`."""
+    top = _top(expert)
+    return [marked(found.texts[context.text], context.position, **how) for context in top]
+
+
+def _named(
+    file: ResultsFile[results.Labels], found: results.Experts, expert: int, namer: Namer | None
+) -> results.Label:
+    """The expert's label in the file, where it is put unless it is there."""
+    labels: list[results.Label] = file.value.labels
+    for label in labels:
+        if label.id == expert:
+            return label
+    (described,) = (each for each in found.experts if each.id == expert)
+    name = described.name if namer is None else namer(_shown(described, found))
+    nothing = dict.fromkeys(("shuffled", "n_contexts", "f1", "accuracy"))
+    nothing |= dict.fromkeys(("f1_shuffled", "accuracy_shuffled"))
+    labels.append(results.Label(id=expert, name=name, unanswered=0, **nothing))
+    file.save(file.value)
+    return labels[-1]
+
+
+def _short(score: float | None) -> float | None:
+    return None if score is None else short(score)
 
 
 _STRENGTHS = [0.5, 1.0, 2.0, 4.0]

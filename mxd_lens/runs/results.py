@@ -300,6 +300,38 @@ class Experts:
 
 
 @result
+class Label:
+    """A name of an expert, and how well it tells held-out contexts, see `detection`; so does the
+    name of the expert ``shuffled``. ``n_contexts`` is None until that has been judged, and 0 where
+    there are none; ``unanswered``: of the contexts, with either name."""
+
+    id: int
+    name: str
+    shuffled: int | None
+    n_contexts: int | None
+    f1: float | None
+    accuracy: float | None
+    f1_shuffled: float | None
+    accuracy_shuffled: float | None
+    unanswered: int
+
+
+@result
+class Labels:
+    """labels.json, see `mxd_lens.runs.analyse.run_label`; ``namer``, ``judge``: in words."""
+
+    asked: dict[str, Any]
+    namer: str
+    judge: str
+    n_tokens: int
+    labels: list[Label]
+
+    def parts(self) -> Parts:
+        judged = [label for label in self.labels if label.n_contexts is not None]
+        return {"settings": self.asked} | {label.id: {} for label in judged}
+
+
+@result
 class SteeringRow:
     """Samples of one unit, steered at one strength, see `evaluate_steering`."""
 

@@ -132,6 +132,7 @@ def test_meaningful_experts_come_first(page):
         ("#7", [7]),
         ("7", [7]),
         ("CATS", [2]),  # a name
+        ("felines", [2]),  # a label
         ("kitten", [2]),  # a promoted token
         ("near beyond", [2]),  # a context
         ("fish", [9]),  # a strongest context; it is a weaker one of the others

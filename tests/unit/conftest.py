@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 from datasets import Dataset
 
+from mxd_lens.analysis import chat
+from tests.fake_chat import KEY, Server
 from tests.helpers import KINDS, letters, make_layer
 
 
@@ -53,3 +56,22 @@ def labelled(tmp_path) -> str:
     things = [{"text": f"one mat on {'a ' * i}mat", "label": "thing"} for i in range(20)]
     Dataset.from_list(animals + things).to_json(tmp_path / "labelled.jsonl")
     return str(tmp_path / "labelled.jsonl")
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """What the model would have waited, in seconds."""
+    waits = []
+    monkeypatch.setattr(chat.time, "sleep", waits.append)
+    return waits
+
+
+@pytest.fixture
+def server(monkeypatch, waits):
+    with Server() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        monkeypatch.setenv("OPENAI_API_KEY", KEY)
+        monkeypatch.setenv("OPENAI_MODEL", "tiny")
+        yield server
+        server.shutdown()

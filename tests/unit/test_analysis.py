@@ -2,12 +2,14 @@
 
 import json
 import shutil
+import zlib
 
 import pytest
 import torch
 from sae_lens.constants import SPARSITY_FILENAME
 from safetensors.torch import save_file
 
+from mxd_lens.analysis.chat import ChatModel
 from mxd_lens.analysis.probing import pool_layer, probe
 from mxd_lens.cli import main
 from mxd_lens.data.labelled import load_labelled
@@ -15,11 +17,13 @@ from mxd_lens.data.reading import text_activations
 from mxd_lens.models.site import Site
 from mxd_lens.runs.analyse import (
     ExpertsConfig,
+    LabelsConfig,
     ProbeConfig,
     SteerConfig,
     probe_table,
     random_units,
     run_experts,
+    run_label,
     run_probe,
     run_steer,
     steering_table,
@@ -191,6 +195,118 @@ class TestExperts:
         config.top_p = 0.5
         with pytest.raises(ValueError, match=r"top_p=None, and this asks for top_p=0.5"):
             run_experts(config)
+
+
+class TestLabel:
+    @pytest.fixture(autouse=True)
+    def no_endpoint(self, monkeypatch):
+        monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+
+    @pytest.fixture
+    def run(self, llama_folder, text, make_config, tmp_path, offline):
+        """A run whose experts have been described."""
+        run = tmp_path / "run"
+        common = {"model": str(llama_folder), "dataset": text, "training_tokens": 64}
+        train(make_config(architecture="topk", output=str(run), **common))
+        options = {"n_tokens": 400, "effect_strength": 0.0, "sample_strength": 0.0}
+        run_experts(ExpertsConfig(run=str(run), **options))
+        return run
+
+    @pytest.fixture
+    def config(self, run):
+        return LabelsConfig(run=str(run), n_experts=3, n_tokens=400)
+
+    def labels(self, run):
+        return json.loads((run / "labels.json").read_text())
+
+    def test_names_there_are_judged_on_other_text(self, config, run, capsys):
+        main(["label", str(run), "--n_experts", "3", "--n_tokens", "400"])
+        found = self.labels(run)
+        described = json.loads((run / "experts.json").read_text())
+        names = {expert["id"]: expert["name"] for expert in described["experts"]}
+        assert found["namer"] == "words of the contexts" and found["asked"]["chat"] is None
+        assert found["judge"].startswith("all-MiniLM-L6-v2, cosine of at least 0.")
+        assert found["n_tokens"] >= 400
+        judged = [label for label in found["labels"] if label["n_contexts"] is not None]
+        assert len(judged) == 3
+        for label in judged:
+            assert label["name"] == names[label["id"]] and label["shuffled"] != label["id"]
+            assert label["n_contexts"] % 2 == 0 and label["unanswered"] == 0
+            assert 0 <= label["f1"] <= 1 and 0 <= label["f1_shuffled"] <= 1
+        assert "Names of 3 experts, by words of the contexts" in capsys.readouterr().out
+
+    def test_what_is_there_is_kept_and_more_experts_are_added(self, config, run, monkeypatch):
+        (path,) = run_label(config)
+        before = path.read_text()
+        with monkeypatch.context() as patch:
+            patch.setattr("mxd_lens.runs.config.load_model", None)
+            assert run_label(config) == [path] and path.read_text() == before
+        config.n_experts = 5
+        run_label(config)
+        after = self.labels(run)
+        assert after["labels"][:3] == json.loads(before)["labels"][:3]
+        path.unlink()
+        run_label(config)
+        assert self.labels(run) == after
+
+    def test_a_kill_loses_nothing_that_is_finished(self, config, run, monkeypatch, server):
+        asked = []
+
+        def answer(chat, prompt):
+            asked.append(prompt)
+            if len(asked) == n_answers:
+                raise KeyboardInterrupt
+            if "description and" not in prompt:
+                return json.dumps({"name": f"{zlib.crc32(prompt.encode())}"})
+            n = len(json.loads(prompt[prompt.index("{") :])["texts"])
+            return json.dumps([zlib.crc32(prompt.encode()) >> i & 1 for i in range(n)])
+
+        monkeypatch.setattr(ChatModel, "__call__", answer)
+        n_answers = None
+        run_label(config)
+        whole, needed = self.labels(run), len(asked)
+        assert whole["namer"] == whole["judge"] == "tiny" and needed > 8
+        (run / "labels.json").unlink()
+        asked.clear()
+        n_answers = needed - 1  # while the last expert is judged
+        with pytest.raises(KeyboardInterrupt):
+            run_label(config)
+        judged = [label for label in self.labels(run)["labels"] if label["f1"] is not None]
+        assert judged == whole["labels"][: len(judged)] and len(judged) == 2
+        asked.clear()
+        n_answers = None
+        run_label(config)
+        assert self.labels(run) == whole
+        assert len(asked) == 4  # contexts of the last one, with two names
+
+    def test_otherwise_made(self, config, run, monkeypatch, edit_json, server):
+        monkeypatch.delenv("OPENAI_BASE_URL")
+        run_label(config)
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        with pytest.raises(ValueError, match="made with chat=None, and this asks for chat='tiny'"):
+            run_label(config)
+        monkeypatch.delenv("OPENAI_BASE_URL")
+        config.n_tokens = 500
+        with pytest.raises(ValueError, match=r"n_tokens=.*ask for the same"):
+            run_label(config)
+        config.n_tokens = 400
+        described = json.loads((run / "experts.json").read_text())["asked"]["contexts"]
+        edit_json(run / "experts.json", asked={"contexts": described | {"seed": 1}})
+        with pytest.raises(ValueError, match=r"made with experts="):
+            run_label(config)
+        assert not server.requests
+
+    def test_what_cannot_be_labelled(self, config, run, edit_json):
+        experts = json.loads((run / "experts.json").read_text())
+        edit_json(run / "experts.json", n_tokens=100_000)
+        with pytest.raises(ValueError, match="0 different texts are left after 100,000 tokens"):
+            run_label(config)
+        edit_json(run / "experts.json", experts=experts["experts"][:1])
+        with pytest.raises(ValueError, match="no two experts with 10 top contexts"):
+            run_label(config)
+        (run / "experts.json").unlink()
+        with pytest.raises(ValueError, match=r"no .*run/experts.json: run `mxd-lens experts"):
+            run_label(config)
 
 
 class TestSteer:

@@ -5,76 +5,15 @@ from __future__ import annotations
 import json
 import re
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import torch
 
-from mxd_lens.analysis import chat
-from mxd_lens.analysis.chat import ChatJudge, ChatModel
+from mxd_lens.analysis.chat import ChatJudge, ChatModel, LocalChat
+from mxd_lens.models.load import load_model
 
-KEY = "sk-of-nobody"
-
-
-def message(content):
-    return json.dumps({"choices": [{"message": {"role": "assistant", "content": content}}]})
-
-
-class Server(ThreadingHTTPServer):
-    """Answers with what is in ``answers``, (status, body, headers) each, the last one for ever;
-    ``requests`` has what it was sent: (method, path, headers, body)."""
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.requests = []
-        self.answers = [(200, message("yes"), {})]
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.server_port}/v1"
-
-
-class Handler(BaseHTTPRequestHandler):
-    def answer(self):
-        server = self.server
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        server.requests.append((self.command, self.path, dict(self.headers), body))
-        answers = server.answers
-        status, text, headers = answers.pop(0) if len(answers) > 1 else answers[0]
-        if status is None:
-            self.close_connection = True
-            return
-        data = text.encode()
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    do_GET = do_POST = answer
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def waits(monkeypatch):
-    """What the model would have waited, in seconds."""
-    waits = []
-    monkeypatch.setattr(chat.time, "sleep", waits.append)
-    return waits
-
-
-@pytest.fixture
-def server(monkeypatch, waits):
-    with Server() as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
-        monkeypatch.setenv("OPENAI_API_KEY", KEY)
-        monkeypatch.setenv("OPENAI_MODEL", "tiny")
-        yield server
-        server.shutdown()
+from ..fake_chat import KEY, Server, message
 
 
 def test_what_is_sent_and_what_comes_back(server):
@@ -215,6 +154,39 @@ def test_any_callable_may_be_asked():
         return '{"concept": 1, "fluency": 0.5}'
 
     assert ChatJudge(chat)(SAMPLES) == {"concept": 1, "fluency": 0.5}
+
+
+TEMPLATE = "{% for m in messages %}the {{ m.role }}: {{ m.content }}{% endfor %}"
+TEMPLATE += "{{ ' so' if add_generation_prompt }}"
+
+
+class TestLocalChat:
+    @pytest.fixture
+    def model(self, llama_folder):
+        model = load_model(str(llama_folder))
+        model.tokenizer.chat_template = TEMPLATE
+        return model
+
+    @torch.no_grad()
+    def test_the_likeliest_answer(self, model):
+        tokens = model.tokenizer("the user: a cat so", return_tensors="pt").input_ids
+        expected = []
+        while len(expected) < 5:
+            expected.append(int(model(tokens)[0, -1].argmax()))
+            if expected[-1] == model.tokenizer.eos_token_id:
+                break
+            tokens = torch.cat([tokens, torch.tensor([[expected[-1]]])], dim=1)
+        answer = model.tokenizer.decode(expected, skip_special_tokens=True)
+        assert LocalChat(model, n_tokens=5)("a cat") == answer
+
+    def test_a_question_that_is_too_long(self, model):
+        with pytest.raises(ValueError, match="question of 34 tokens and an answer of up to 5 are"):
+            LocalChat(model, n_tokens=5)("cat " * 30)
+
+    def test_a_model_without_a_template(self, model):
+        model.tokenizer.chat_template = None
+        with pytest.raises(ValueError, match="is no chat model: it has no chat template"):
+            LocalChat(model)
 
 
 def test_the_documentations_example(server, tmp_path, monkeypatch, capsys):

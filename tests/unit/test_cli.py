@@ -117,7 +117,7 @@ def test_there_are_few_options():
             said = (action.help or "").partition(" (default")[0]
             options |= {(name, said) for name in action.option_strings if len(name) > 2}
     assert {"--model", "--strengths"} < {name for name, _ in options}
-    assert len(options) <= 70
+    assert len(options) <= 72
 
 
 def test_export_then_convert(run, tmp_path):

@@ -88,6 +88,10 @@ EXPERTS = {
     "effect_strength": real,
     "sample_strength": real,
 }
+LABEL = {
+    **{"k": number, "n_tokens": number, "n_experts": st.integers(-1, 3).map(str), "seed": number},
+    "chat": st.sampled_from(["models", "nothing", "text.txt", ""]),
+}
 STEER = {
     **SAMPLING,
     "k": number,
@@ -217,6 +221,7 @@ COMMANDS = {
         {"n_tokens": "300", "effect_strength": "0", "sample_tokens": "2"},
         "*/experts.json",
     ),
+    "label": (5, LABEL, {"n_tokens": "200", "n_experts": "2"}, "*/labels.json"),
     "steer": (25, STEER, SAMPLED, "*/steering.json"),
     "report": (5, {"k": number}, {}, "*/report.html"),
     "export": (

@@ -29,7 +29,7 @@ def run(tiny_bridge, documents, make_config):
 
 class TestReport:
     @pytest.mark.parametrize("content", [*FOREIGN, OLDER])
-    @pytest.mark.parametrize("name", ["results", "experts", "probe", "steering"])
+    @pytest.mark.parametrize("name", ["results", "experts", "labels", "probe", "steering"])
     def test_a_file_of_the_run(self, tmp_path, name, content):
         run = write_run(tmp_path / "run")
         (run / f"{name}.json").write_text(content)

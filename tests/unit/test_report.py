@@ -116,9 +116,27 @@ def steering_file(name="mxd", prompt="So"):
     }
 
 
+def label(i, name, **scores):
+    """Of a label that was not judged yet, unless there are scores."""
+    nothing = ("shuffled", "n_contexts", "f1", "accuracy", "f1_shuffled", "accuracy_shuffled")
+    return {"id": i, "name": name, **dict.fromkeys(nothing), "unanswered": 0, **scores}
+
+
+JUDGED = {"n_contexts": 20, "accuracy": 0.75, "accuracy_shuffled": 0.5}
+LABELS = {
+    **{"asked": {}, "namer": HOSTILE, "judge": "a judge", "n_tokens": 4000},
+    "labels": [
+        label(2, "felines", shuffled=7, f1=0.75, f1_shuffled=0.25, unanswered=4, **JUDGED),
+        label(7, "dogs", shuffled=2, f1=0.5, f1_shuffled=0.5, **JUDGED),
+        label(3, HOSTILE),
+    ],
+}
+
+
 def write_whole(folder):
     """A run with everything, and three beside it of which one has the same k and seed."""
-    run = write_run(folder / "mxd", experts=EXPERTS, probe=probe_file(), steering=steering_file())
+    of_experts = {"experts": EXPERTS, "labels": LABELS}
+    run = write_run(folder / "mxd", **of_experts, probe=probe_file(), steering=steering_file())
     other = "topk_transcoder"
     write_run(
         folder / "same", other, probe=probe_file(other, f1=0.25), steering=steering_file(other)
@@ -276,6 +294,15 @@ class TestWhatIsThere:
         assert "2 count as meaningful" in whole.text
         assert "those of 62.5% of the other experts on average" in whole.text
         assert "those of 99% for 1 experts (by chance: 0)" in whole.text
+
+    def test_labels(self, whole):
+        labels = {expert["id"]: expert.get("label") for expert in whole.data["experts"]}
+        assert labels[2] == ["felines", 0.75] and labels[7] == ["dogs", 0.5]
+        assert labels[3] == [HOSTILE, None] and labels[0] is labels[9] is None
+        assert f"Names of 2 experts, by {HOSTILE}, tell held-out contexts with an F1" in whole.text
+        assert "an F1 of 0.62 (0.50 to 0.75), other experts' names with one of 0.38" in whole.text
+        assert "a gain of +0.25 (+0.00 to +0.50)" in whole.text
+        assert "by chance 0.50. Judge: a judge; it left 5% of the contexts unan" in whole.text
 
     def test_experts_a_class_was_told_by(self, whole):
         # 7 was first of two splits' one-feature probes, and 3 only ever read beside it.

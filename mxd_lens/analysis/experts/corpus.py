@@ -59,6 +59,24 @@ class Corpus:
         """The text of tokens start to end."""
         return "".join(self.strings[start:end])
 
+    def after(self, n_tokens: int) -> Corpus:
+        """The texts after the first ones that have n_tokens in all; ValueError if there are fewer
+        than 10."""
+        first = int(np.searchsorted(self.starts, n_tokens))
+        if len(self.tokens) - first < N_TOP:
+            raise ValueError(
+                f"{max(0, len(self.tokens) - first)} different texts are left after {n_tokens:,} "
+                f"tokens: need at least {N_TOP}"
+            )
+        start = self.starts[first]
+        return Corpus(
+            self.tokens[first:],
+            self.ids[start:],
+            self.strings[start:],
+            self.text[start:] - first,
+            self.starts[first:] - start,
+        )
+
 
 def read_corpus(
     site: Site, texts: Sequence[str] | Text, n_tokens: int, context_size: int
