@@ -156,7 +156,12 @@ def _write(
 def write_page(path: Path, template: str, **parts: Any) -> None:
     """Render a template, with plotly's script if it may have figures."""
     plotly = get_plotlyjs() if parts.get("figures", True) else ""
-    write_text(path, _PAGES.get_template(template).render(plotly=plotly, **parts))
+    write_text(path, render(template, plotly=plotly, **parts))
+
+
+def render(template: str, **parts: Any) -> str:
+    """What a template of this folder makes of its parts, which it escapes."""
+    return _PAGES.get_template(template).render(**parts)
 
 
 def _of_one_layer(row: dict[str, Any]) -> dict[str, Any]:
