@@ -78,12 +78,25 @@ class Browser:
         return folder.name
 
 
+def shards_beside(page: Path) -> dict[str, Path]:
+    """The files of shards that are beside a page, by their path from there."""
+    return {
+        f"{folder.name}/{file.name}": file
+        for folder in _folders(page)
+        for file in sorted(folder.iterdir())
+    }
+
+
 def remove_others(page: Path, kept: str | None) -> None:
     """Remove the folders of shards that earlier pages of this name have left."""
-    ours = re.compile(re.escape(page.stem) + r"-experts-[0-9a-f]{16}")
-    for folder in page.parent.glob("*-experts-*"):
-        if ours.fullmatch(folder.name) and folder.name != kept:
+    for folder in _folders(page):
+        if folder.name != kept:
             discard(folder)
+
+
+def _folders(page: Path) -> list[Path]:
+    ours = re.compile(re.escape(page.stem) + r"-experts-[0-9a-f]{16}")
+    return [path for path in page.parent.glob("*-experts-*") if ours.fullmatch(path.name)]
 
 
 def browser_of(experts: dict[str, Any], reads: Iterable[dict[str, Any]] = ()) -> Browser:

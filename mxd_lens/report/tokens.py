@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,7 @@ def show(
     starts = np.searchsorted(token[order], np.arange(1, len(ids)))
     pairs = [*zip(unit[order].tolist(), value[order].tolist(), strict=True)]
     ends = [0, *starts.tolist(), len(pairs)]
-    active = [pairs[start:end] for start, end in zip(ends, ends[1:], strict=False)]
+    active = [pairs[start:end] for start, end in pairwise(ends)]
     where = f"{layer.label} in place of {site.hook_out} of {sae.cfg.metadata.model_name}"
     return Shown(where, token_strings(model.tokenizer, ids), active, names, expert)
 

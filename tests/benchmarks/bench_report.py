@@ -115,8 +115,7 @@ STEPS = {
         "true",
     ),
     "to the end of the list": (
-        "document.getElementById('list').dispatchEvent(new KeyboardEvent('keydown', "
-        "{key: 'End'}))",
+        "document.getElementById('list').dispatchEvent(new KeyboardEvent('keydown', {key: 'End'}))",
         "document.querySelector('.active')",
     ),
     "click": (
@@ -150,7 +149,9 @@ class Clock:
     def say(self, what: str, passed: float | None = None) -> None:
         passed = passed or time.perf_counter() - self.passed
         late = "  too long" if passed > LIMIT else ""
-        print(f"  {what:<24} {passed:8.2f} {self._computed() - self.computed:8.2f}{late}", flush=True)
+        print(
+            f"  {what:<24} {passed:8.2f} {self._computed() - self.computed:8.2f}{late}", flush=True
+        )
 
 
 def measure(page: Path, n_experts: int, screenshots: Path | None) -> None:

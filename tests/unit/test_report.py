@@ -502,7 +502,10 @@ class TestShards:
     def test_of_another_page_are_left_alone_and_old_ones_removed(self, tmp_path):
         page = self.write(tmp_path)
         before = self.folders(page)
-        mine = [page.with_name("report-experts-mine"), page.with_name("results-experts-" + 16 * "0")]
+        mine = [
+            page.with_name("report-experts-mine"),
+            page.with_name("results-experts-" + 16 * "0"),
+        ]
         for folder in mine:
             folder.mkdir()
         assert self.folders(self.write(tmp_path)) == sorted([*before, mine[0].name])

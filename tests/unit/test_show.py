@@ -74,9 +74,7 @@ def test_one_expert_and_names(tiny_bridge, tmp_path):
     (unit, _), *_ = mxd_lens.show(tiny_bridge, sae, TEXT).active[2]
     described = EXPERTS | {"d_sae": 40, "experts": [expert(unit, name=HOSTILE)]}
     write_json(tmp_path / "experts.json", {"version": VERSION} | described)
-    shown = mxd_lens.show(
-        tiny_bridge, sae, TEXT, expert=unit, experts=tmp_path / "experts.json"
-    )
+    shown = mxd_lens.show(tiny_bridge, sae, TEXT, expert=unit, experts=tmp_path / "experts.json")
     values = [dict(active).get(unit, 0.0) for active in shown.active]
     assert shown.marks == pytest.approx([value / max(values) for value in values])
     seen = Seen(shown._repr_html_())
