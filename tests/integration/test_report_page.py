@@ -346,25 +346,22 @@ def test_shards_that_are_not_there(many, tmp_path):
 
 
 def test_dark_mode(page):
-    def colours(selector):
-        script = "const s = getComputedStyle(arguments[0]); return [s.color, s.backgroundColor]"
-        return page.driver.execute_script(script, page.all(selector)[0])
+    def colour(selector, name):
+        script = "return getComputedStyle(arguments[0]).getPropertyValue(arguments[1])"
+        return page.driver.execute_script(script, page.all(selector)[0], name)
 
-    page.draw(page.all(".plot")[0])
-    light = colours("body"), colours(".plot text.xtitle")
-    for scheme in ("dark", "light"):
+    def colours():
+        return colour("body", "color"), colour(".plot .xtitle", "fill")
+
+    def choose(scheme):
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
-        if scheme == "dark":
-            page.wait(lambda: colours("body")[0] == "rgb(227, 231, 235)")
-            fill = "return getComputedStyle(arguments[0]).fill"
-            page.wait(
-                lambda: (
-                    page.driver.execute_script(fill, page.all(".plot .xtitle")[0])
-                    == "rgb(227, 231, 235)"
-                )
-            )
-    assert (colours("body"), colours(".plot text.xtitle")) == light
+
+    page.draw(page.all(".plot")[0])
+    light, dark = "rgb(28, 33, 38)", "rgb(227, 231, 235)"
+    for scheme, expected in {"light": light, "dark": dark, "": light}.items():
+        choose(scheme)
+        page.wait(lambda expected=expected: colours() == (expected, expected))
 
 
 def test_a_comparison_with_the_contexts_of_experts(comparison):

@@ -57,7 +57,9 @@ def test_shows_what_encode_says(lm, kind):
     for active, of_token in zip(shown.active, acts, strict=True):
         values, units = of_token.sort(descending=True)
         n = int((values > 0).sum())
-        assert dict(active) == pytest.approx(dict(zip(units[:n].tolist(), values.tolist())))
+        assert dict(active) == pytest.approx(
+            dict(zip(units[:n].tolist(), values[:n].tolist(), strict=True))
+        )
         assert [v for _, v in active] == sorted((v for _, v in active), reverse=True)
     total = acts.sum(-1)
     assert shown.marks == pytest.approx((total / total.max()).tolist())
