@@ -85,11 +85,13 @@ def open_browser() -> webdriver.Chrome:
 
 
 ACT = """
-const [act, done] = arguments, start = performance.now();
+const [act, isDone] = [arguments[0], `return ${arguments[1]}`].map((body) => new Function(body));
+const start = performance.now();
 window.took = null;
-eval(act);
+act();
 (function look() {
-  if (eval(done)) requestAnimationFrame(() => { window.took = (performance.now() - start) / 1000; });
+  const stop = () => { window.took = (performance.now() - start) / 1000; };
+  if (isDone()) requestAnimationFrame(stop);
   else setTimeout(look, 5);
 })();
 """
