@@ -56,7 +56,7 @@ def write_comparison_page(results: Path) -> None:
         folder=shlex.quote(str(results.parent)),
         described=described,
         experts=experts,
-        browser=experts and browser_of(experts),
+        browser=browser_of(experts) if experts else None,
     )
 
 
@@ -121,7 +121,7 @@ def write_report(run: Path) -> Path:
         steering=_steering(steered),
         steered_this=(run / "steering.json").exists(),
         experts=experts,
-        browser=experts and browser_of(experts, reads),
+        browser=browser_of(experts, reads) if experts else None,
     )
     return path
 
