@@ -383,7 +383,9 @@ for (const name of ["coherence", "agreement", "probe"]) { // what has not been m
 }
 for (const [name, value] of Object.entries(NUMBERS)) {
   if (experts.some((expert) => value(expert) !== null)) continue;
-  for (const node of [find(`least-${name}`).labels[0], find(`least-${name}`), find(`least-${name}`).nextElementSibling, find(`most-${name}`)]) node.hidden = true;
+  const least = find(`least-${name}`);
+  for (const node of [least.labels[0], least.nextElementSibling, find(`most-${name}`), least]) node.remove();
+  delete NUMBERS[name];
 }
 for (const node of [classes, classes.labels[0]]) node.hidden = !data.classes.length;
 search.addEventListener("input", refresh);

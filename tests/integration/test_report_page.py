@@ -347,8 +347,9 @@ def test_shards_that_are_not_there(many, tmp_path):
 
 def test_dark_mode(page):
     def colour(selector, name):
-        script = "return getComputedStyle(arguments[0]).getPropertyValue(arguments[1])"
-        return page.driver.execute_script(script, page.all(selector)[0], name)
+        found = "const node = document.querySelector(arguments[0]); "
+        script = f"{found} return node && getComputedStyle(node).getPropertyValue(arguments[1])"
+        return page.driver.execute_script(script, selector, name)
 
     def colours():
         return colour("body", "color"), colour(".plot .xtitle", "fill")
