@@ -79,6 +79,7 @@ def made_up(n_experts: int) -> dict[str, Any]:
 def open_browser() -> webdriver.Chrome:
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium") or ""
+    options.page_load_strategy = "none"  # for its experts are listed before it is complete
     for argument in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage"):
         options.add_argument(f"--{argument}")
     return webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
@@ -165,7 +166,10 @@ def measure(page: Path, n_experts: int, screenshots: Path | None) -> None:
         driver.get(page.as_uri())
         while not driver.find_elements("css selector", "[role=option]"):
             time.sleep(0.01)
-        clock.say("open")
+        clock.say("open, experts listed")
+        while driver.execute_script("return document.readyState") != "complete":
+            time.sleep(0.01)
+        clock.say("open, figures as well")
         for what, (act, done) in STEPS.items():
             script = [part.replace("{n}", str(n_experts)) for part in (act, done)]
             clock.start()

@@ -34,8 +34,8 @@ class Reader:
 
     def ids(self):
         """The experts that are listed, in order."""
-        options = self.all("[role=option]")
-        return [int(option.get_attribute("id").removeprefix("option-")) for option in options]
+        script = "return [...document.querySelectorAll('[role=option]')].map((row) => row.id)"
+        return [int(row.removeprefix("option-")) for row in self.driver.execute_script(script)]
 
     def choose(self, selector, text):
         """An option of a <select>."""
