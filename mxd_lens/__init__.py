@@ -34,6 +34,7 @@ from mxd_lens.models.load import bfloat16_is_fast, load_model
 from mxd_lens.models.site import Site
 from mxd_lens.models.splice import splice
 from mxd_lens.report.page import write_report
+from mxd_lens.report.tokens import show
 from mxd_lens.runs.compare import CompareConfig, compare
 from mxd_lens.runs.config import ManyConfig, TrainConfig
 from mxd_lens.runs.replacement import replace
@@ -72,6 +73,7 @@ __all__ = [
     "load_text",
     "replace",
     "run_evals",
+    "show",
     "splice",
     "split_documents",
     "steer",

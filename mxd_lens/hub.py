@@ -39,6 +39,7 @@ from mxd_lens.demo.wheels import SMOLLM2, STATE_OF_THE_UNION, WIKIPEDIA, Wheel
 from mxd_lens.fields import Flag, PathStr, config
 from mxd_lens.models.load import DEMO_MODEL
 from mxd_lens.report.card import Source, make_card
+from mxd_lens.report.experts import shards_beside
 from mxd_lens.report.page import measured_rows, write_report
 from mxd_lens.runs.config import TrainConfig, finished_runs, folder_name
 from mxd_lens.runs.finetune import TUNED_FILENAME
@@ -168,7 +169,8 @@ def gather(folder: Path, repo: str) -> Upload:
         own = Path(run.output)
         found = {RUNNER_CFG_FILENAME: own / RUNNER_CFG_FILENAME} | _results_in(own)
         if {"experts.json", "results.json"} <= found.keys():
-            found["report.html"] = write_report(own)
+            page = write_report(own)
+            found |= {page.name: page} | shards_beside(page)
         files |= {f"{name}/{file}": path for file, path in found.items()}
     some = finished[0]
     model, text = source("model", some.model), source("dataset", some.dataset)
@@ -212,6 +214,7 @@ def _results_in(folder: Path) -> dict[str, Path]:
             read(path, kind)
             page = path.with_suffix(".html")
             found |= {file.name: file for file in (path, page) if file.exists()}
+            found |= shards_beside(page)
     return found
 
 

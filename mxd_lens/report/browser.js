@@ -1,9 +1,11 @@
-const PAGE = 200; // rows of the list that are made at a time
+const SPARE = 5; // rows of the list that are made beyond those that are seen, on both sides
 const BEFORE = 24, AFTER = 12; // tokens shown around the one that fires
 
-// What is known of an expert
+// What is known of an expert: a line of the page, and the rest in a shard that is read when it is opened
 
-const { experts } = data;
+const experts = data.experts.map((
+  [id, name, density, mean, max, coherence, same_token, meaningful, agreement, top, promotes, label], i,
+) => ({ i, id, name, density, mean, max, coherence, same_token, meaningful, agreement, top, promotes, label }));
 const byId = new Map(experts.map((expert) => [expert.id, expert]));
 const probesOf = new Map(); // id: [{of: class, rank, n: features of the smallest probe, f1}]
 for (const of of data.classes) {
@@ -14,32 +16,107 @@ for (const of of data.classes) {
 }
 const alone = (probe) => probe.f1 - probe.n; // F1 is at most 1: fewest features first
 for (const probes of probesOf.values()) probes.sort((a, b) => alone(b) - alone(a));
+const bestProbe = ({ id }) => (probesOf.get(id) || [null])[0];
+
+const shards = new Map(); // number: promise of its experts
+const awaited = new Map(); // number: what to call with them
+
+/** What a script beside the page calls. */
+function take(number, rows) {
+  awaited.get(number)(rows);
+}
+
+function shard(n) {
+  if (!shards.has(n)) {
+    shards.set(n, data.folder === null
+      ? Promise.resolve(JSON.parse(find(`shard-${n}`).textContent))
+      : new Promise((resolve, reject) => {
+        awaited.set(n, resolve);
+        const script = el("script", { src: `${data.folder}/${n}.js` });
+        script.addEventListener("error", () => { shards.delete(n); reject(new Error(script.src)); });
+        document.head.append(script);
+      }));
+  }
+  return shards.get(n);
+}
+
+/** All that is known of it. */
+const whole = async (expert) =>
+  ({ ...expert, ...(await shard(Math.floor(expert.i / data.shard)))[expert.i % data.shard] });
 
 const nearby = ([text, position]) => data.texts[text].slice(Math.max(0, position - BEFORE), position + AFTER + 1);
 const isTop = (context) => context[3] === 1;
-const firing = ([text, position]) => data.texts[text][position];
 
-const haystacks = new Map();
+// Search: name, promoted tokens, strongest contexts
 
-/** What of an expert is searched: name, label, promoted tokens, strongest contexts. */
-function haystack(expert) {
-  if (!haystacks.has(expert.id)) {
-    const promoted = (expert.promoted || []).map(([token]) => token);
-    const contexts = expert.contexts.filter(isTop).map((context) => nearby(context).join(""));
-    haystacks.set(expert.id, [expert.name, expert.label?.[0], ...promoted, ...contexts].join("\n").toLowerCase());
-  }
-  return haystacks.get(expert.id);
+const searched = { // in lower case, once it is needed
+  get texts() { return this.own ??= data.texts.map((words) => words.map((word) => word.toLowerCase())); },
+  get joined() { return this.whole ??= this.texts.map((words) => words.join("")); },
+  get tokens() { return this.promoted ??= data.tokens.map((token) => token.toLowerCase()); },
+  get names() { return this.named ??= experts.map(({ name, label }) => [name, label?.[0]].join("\n").toLowerCase()); },
+};
+
+/** For each text that has the word: at which token, at the earliest, ends one that begins at this token or later. */
+function ends(word) {
+  return searched.joined.map((text, n) => {
+    let at = text.indexOf(word);
+    if (at < 0) return null;
+    const words = searched.texts[n], end = new Float64Array(words.length).fill(Infinity);
+    let first = 0, start = 0; // a token, and its first character
+    for (; at >= 0; at = text.indexOf(word, at + 1)) {
+      while (start + words[first].length <= at) start += words[first++].length;
+      let last = first, stop = start + words[first].length;
+      while (stop < at + word.length) stop += words[++last].length;
+      end[first] = Math.min(end[first], last);
+    }
+    for (let i = words.length - 2; i >= 0; i--) end[i] = Math.min(end[i], end[i + 1]);
+    return end;
+  });
 }
 
-const isNumberOf = (word, expert) => word.replace(/^#/, "") === String(expert.id);
-const matches = (expert, words) =>
-  words.every((word) => isNumberOf(word, expert) || haystack(expert).includes(word));
+/** What an expert must be for a word. */
+function matcher(word) {
+  const isNumber = isNumberOf(word), found = ends(word), hit = searched.tokens.map((token) => token.includes(word));
+  const inContext = (top) => {
+    for (let i = 0; i < top.length; i += 2) {
+      const end = found[top[i]];
+      if (end && end[Math.max(0, top[i + 1] - BEFORE)] <= top[i + 1] + AFTER) return true;
+    }
+    return false;
+  };
+  return (expert) => isNumber(expert) || searched.names[expert.i].includes(word)
+    || expert.promotes.some((token) => hit[token]) || inContext(expert.top);
+}
 
-// The list
+const isNumberOf = (word) => (expert) => word.replace(/^#/, "") === String(expert.id);
+
+// Filters
+
+const NUMBERS = { // as they are asked for
+  density: (expert) => expert.density * 100,
+  coherence: (expert) => expert.coherence,
+  agreement: (expert) => expert.agreement,
+  f1: (expert) => bestProbe(expert)?.f1 ?? null,
+  mean: (expert) => expert.mean,
+  same_token: (expert) => expert.same_token * 100,
+};
+
+/** What an expert must be for the numbers that are filled in; without such a number it is not. */
+function bounds() {
+  const kept = Object.entries(NUMBERS).flatMap(([name, value]) => {
+    const [least, most] = ["least", "most"].map((end) => find(`${end}-${name}`).valueAsNumber);
+    if (Number.isNaN(least) && Number.isNaN(most)) return [];
+    return [(expert) => value(expert) !== null && !(value(expert) < least) && !(value(expert) > most)];
+  });
+  return find("meaningful").checked ? [...kept, (expert) => expert.meaningful] : kept;
+}
+
+// The list, of which only what is seen is made
 
 const search = find("search"), order = find("order"), classes = find("class"), list = find("list");
+const box = find("scroll");
 let shown = []; // the experts that match, in order
-let made = 0; // how many of them have a row
+let made = ""; // which of them have a row
 let active = -1; // the row the arrow keys are at
 let rankOf = new Map(); // in the chosen class
 
@@ -50,7 +127,7 @@ const ORDERS = { // the largest comes first, null last
   density: (expert) => expert.density,
   rare: (expert) => -expert.density,
   mean: (expert) => expert.mean,
-  probe: (expert) => (probesOf.has(expert.id) ? alone(probesOf.get(expert.id)[0]) : null),
+  probe: (expert) => (bestProbe(expert) ? alone(bestProbe(expert)) : null),
   id: (expert) => -expert.id,
   rank: (expert) => -rankOf.get(expert.id),
 };
@@ -59,38 +136,40 @@ function refresh() {
   const words = search.value.toLowerCase().split(/\s+/).filter((word) => word);
   const chosen = classes.value === "" ? null : data.classes[classes.value];
   rankOf = new Map((chosen ? chosen.experts : []).map(([id], i) => [id, i]));
-  const key = ORDERS[order.value];
+  const key = ORDERS[order.value], asked = [...bounds(), ...words.map(matcher)];
   shown = experts
-    .filter((expert) => (!chosen || rankOf.has(expert.id)) && matches(expert, words))
+    .filter((expert) => (!chosen || rankOf.has(expert.id)) && asked.every((holds) => holds(expert)))
     .map((expert) => [key(expert) ?? -Infinity, expert])
     .sort(([a], [b]) => (a < b) - (a > b))
     .map(([, expert]) => expert);
   if (words.length === 1) {
-    const exact = shown.findIndex((expert) => isNumberOf(words[0], expert));
+    const exact = shown.findIndex(isNumberOf(words[0]));
     if (exact > 0) shown.unshift(...shown.splice(exact, 1));
   }
-  made = 0;
   active = -1;
-  list.replaceChildren();
   list.removeAttribute("aria-activedescendant");
-  find("scroll").scrollTop = 0;
-  more();
+  list.style.setProperty("--rows", shown.length);
+  box.scrollTop = 0;
+  drawRows(true);
   const dead = chosen ? chosen.experts.filter(([id]) => !byId.has(id)).length : 0;
   find("status").textContent =
     `${shown.length.toLocaleString("en")} of ${experts.length.toLocaleString("en")} experts`
     + (dead ? `; ${dead} of the class fired nowhere here` : "");
 }
 
-function more() {
-  const next = shown.slice(made, made + PAGE);
-  list.append(...next.map((expert, i) => row(expert, made + i)));
-  made += next.length;
-  find("more").hidden = made >= shown.length;
-  find("more").textContent = `Show more (${(shown.length - made).toLocaleString("en")} left)`;
+const rowHeight = () => list.getBoundingClientRect().height / shown.length || 1;
+
+/** Make the rows that are seen, unless they are there and unchanged. */
+function drawRows(changed) {
+  const first = Math.max(0, Math.floor(box.scrollTop / rowHeight()) - SPARE);
+  const last = Math.min(shown.length, Math.ceil((box.scrollTop + box.clientHeight) / rowHeight()) + SPARE);
+  if (!changed && made === `${first}-${last}`) return;
+  made = `${first}-${last}`;
+  list.replaceChildren(...shown.slice(first, last).map((expert, i) => row(expert, first + i)));
 }
 
 function row(expert, i) {
-  const probe = (probesOf.get(expert.id) || [])[0];
+  const probe = bestProbe(expert);
   const small = [
     expert.meaningful ? "meaningful" : null,
     `fires on ${percent(expert.density)}`,
@@ -99,15 +178,20 @@ function row(expert, i) {
     order.value === "mean" ? `mean ${number(expert.mean, 2)}` : null,
     probe ? `F1 ${number(probe.f1, 2)}${probe.n > 1 ? ` of ${probe.n}` : ""}` : null,
   ];
-  return el("li", { role: "option", id: `option-${expert.id}`, "data-row": i, "aria-selected": expert.id === selected() },
-    el("span", { class: "id" }, `#${expert.id}`), nameOf(expert), labelOf(expert),
-    el("span", { class: "small" }, small.filter((part) => part).join(" · ")));
+  const option = el("li", {
+    role: "option", id: `option-${expert.id}`, class: i === active ? "active" : "", "data-row": i,
+    "aria-selected": expert.id === selected(), "aria-posinset": i + 1, "aria-setsize": shown.length,
+  },
+  el("span", { class: "id" }, `#${expert.id}`), nameOf(expert),
+  el("span", { class: "small" }, [labelOf(expert), ...small].filter((part) => part).join(" · ")));
+  option.style.setProperty("--at", i);
+  return option;
 }
 
 /** Its name, or else what it fires on most strongly. */
-function nameOf(expert) {
-  if (expert.name) return el("span", { class: "name" }, expert.name);
-  const token = expert.contexts.length ? firing(expert.contexts[0]) : "";
+function nameOf({ name, top }) {
+  if (name) return el("span", { class: "name" }, name);
+  const token = top.length ? data.texts[top[0]][top[1]] : "";
   return el("span", { class: "name none" }, "on “", ...visibleToken(token.trim() || token), "”");
 }
 
@@ -115,47 +199,61 @@ function nameOf(expert) {
 function labelOf({ name, label }) {
   if (!label) return null;
   const shown = label[0] && label[0] !== name ? [label[0]] : [];
-  return el("span", { class: "small" }, [...shown, `detection F1 ${number(label[1], 2)}`].join(" · "));
+  return [...shown, `detection F1 ${number(label[1], 2)}`].join(" · ");
+}
+
+/** Scroll the list as little as is needed to see a row. */
+function reveal(i) {
+  const top = i * rowHeight(), least = top + rowHeight() - box.clientHeight;
+  if (box.scrollTop > top || box.scrollTop < least) box.scrollTop = Math.min(Math.max(box.scrollTop, least), top);
+  drawRows(true);
 }
 
 function moveTo(i) {
   if (!shown.length) return;
-  i = Math.max(0, Math.min(i, shown.length - 1));
-  while (made <= i) more();
-  if (list.children[active]) list.children[active].classList.remove("active");
-  active = i;
-  const option = list.children[active];
-  option.classList.add("active");
-  option.scrollIntoView({ block: "nearest" });
-  list.setAttribute("aria-activedescendant", option.id);
+  active = Math.max(0, Math.min(i, shown.length - 1));
+  reveal(active);
+  list.setAttribute("aria-activedescendant", `option-${shown[active].id}`);
 }
 
-// The expert that is open is the one in the address.
+// The expert that is open is the one in the address: #expert=7, or as it was before, #expert-7.
 
 function selected() {
-  const found = /^#expert-(\d+)$/.exec(location.hash);
+  const found = /^#expert[=-](\d+)$/.exec(location.hash);
   return found ? Number(found[1]) : null;
 }
 
-const link = (id) => `#expert-${id}`;
+const link = (id) => `#expert=${id}`;
 
 function open(id) {
   if (selected() === id) show();
   else location.hash = link(id);
 }
 
-function show() {
+async function show() {
   const id = selected();
-  for (const option of list.querySelectorAll('[aria-selected="true"]')) option.setAttribute("aria-selected", false);
-  if (id === null) return;
-  const option = find(`option-${id}`);
-  if (option) option.setAttribute("aria-selected", true);
-  const detail = find("detail");
+  if (id === null) return drawRows(true);
+  const expert = byId.get(id), detail = find("detail");
+  const place = shown.indexOf(expert);
+  if (place >= 0) {
+    active = place;
+    reveal(place);
+  } else drawRows(true);
+  let described = [el("p", {}, `Expert ${id} fired nowhere in these texts.`)];
+  if (expert) {
+    try {
+      described = describe(await whole(expert));
+    } catch {
+      const missing = `What is known of expert ${id} is in the folder ${data.folder} beside this page, and not there now.`;
+      described = [el("p", {}, `${missing} Load the page again if it has been made anew; else bring its folder along.`)];
+    }
+  }
+  if (selected() !== id) return;
   const within = detail.contains(document.activeElement);
-  const expert = byId.get(id);
-  detail.replaceChildren(...(expert ? describe(expert) : [el("p", {}, `Expert ${id} fired nowhere in these texts.`)]));
+  detail.replaceChildren(...described);
   find("back").hidden = false;
-  if (within && expert) detail.querySelector("h3").focus({ preventScroll: true });
+  const title = detail.querySelector("h3");
+  if (within && title) title.focus({ preventScroll: true });
   const narrow = matchMedia("(max-width: 700px)").matches;
   const { top } = detail.getBoundingClientRect();
   if (narrow || top < 0 || top > innerHeight / 2) find(narrow ? "back" : "browser").scrollIntoView();
@@ -182,16 +280,16 @@ function describe(expert) {
     lower.get(context[3]).push(context);
   }
   return [
-    el("h3", { tabindex: "-1" }, el("span", { class: "id" }, `#${expert.id}`), nameOf(expert), labelOf(expert)),
+    el("h3", { tabindex: "-1" }, el("a", { class: "id", href: link(expert.id), title: "Link to this expert" }, `#${expert.id}`), nameOf(expert), el("span", { class: "small" }, labelOf(expert) ?? "")),
     el("dl", { class: "numbers" }, ...numbers.map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, value)))),
     ...part("Strongest contexts", expert.contexts.filter(isTop).map((context) => contextRow(context, expert))),
     el("div", { class: "columns" },
-      box("Promotes", tokens(expert.promoted)),
-      box("Suppresses", tokens(expert.suppressed)),
-      box("Activation where it fires", histogram(expert)),
-      box("Probe classes that chose it", probes.length ? el("ul", {}, ...probes.map(probeRow)) : null),
-      box("Nearest by weights (cosine)", links(expert.nearest)),
-      box("Most often active with (Jaccard)", links(expert.coactive))),
+      column("Promotes", tokens(expert.promoted)),
+      column("Suppresses", tokens(expert.suppressed)),
+      column("Activation where it fires", histogram(expert)),
+      column("Probe classes that chose it", probes.length ? el("ul", {}, ...probes.map(probeRow)) : null),
+      column("Nearest by weights (cosine)", links(expert.nearest)),
+      column("Most often active with (Jaccard)", links(expert.coactive))),
     ...[...lower].flatMap(([quantile, contexts]) =>
       part(`Contexts at the ${number(quantile * 100)}% quantile of its activation`,
         contexts.map((context) => contextRow(context, expert)))),
@@ -200,19 +298,19 @@ function describe(expert) {
 }
 
 const part = (title, children) => (children.length ? [el("h4", {}, title), ...children] : []);
-const box = (title, child) => (child ? el("div", {}, el("h4", {}, title), child) : null);
+const column = (title, child) => (child ? el("div", {}, el("h4", {}, title), child) : null);
 
 function contextRow(context, expert) {
   const [text, position, value] = context;
   const words = data.texts[text];
-  const shade = expert.max > 0 ? Math.min(1, value / expert.max) : 0;
+  const share = expert.max > 0 ? Math.min(1, value / expert.max) : 0;
   const body = el("div", { class: "text", dir: "auto" });
   const button = el("button", { type: "button", "aria-label": "Whole text", title: "Whole text" }, "⋯");
   const write = (whole) => {
     const start = whole ? 0 : Math.max(0, position - BEFORE);
     const end = whole ? words.length : Math.min(words.length, position + AFTER + 1);
     const mark = el("mark", { title: `activation ${number(value)}` }, ...visibleToken(words[position]));
-    mark.style.backgroundColor = `rgba(255, 179, 0, ${0.15 + 0.5 * shade})`;
+    mark.style.setProperty("--share", share);
     body.replaceChildren(
       ...(start > 0 ? [el("span", { class: "sign" }, "… ")] : []),
       ...visible(words.slice(start, position).join("")), mark,
@@ -290,6 +388,12 @@ data.classes.forEach((of, i) => {
 for (const name of ["coherence", "agreement", "probe"]) { // what has not been measured
   if (experts.every((expert) => ORDERS[name](expert) === null)) order.querySelector(`[value="${name}"]`).remove();
 }
+for (const [name, value] of Object.entries(NUMBERS)) {
+  if (experts.some((expert) => value(expert) !== null)) continue;
+  const least = find(`least-${name}`);
+  for (const node of [least.labels[0], least.nextElementSibling, find(`most-${name}`), least]) node.remove();
+  delete NUMBERS[name];
+}
 for (const node of [classes, classes.labels[0]]) node.hidden = !data.classes.length;
 search.addEventListener("input", refresh);
 search.addEventListener("keydown", (event) => {
@@ -301,7 +405,10 @@ search.addEventListener("keydown", (event) => {
 });
 order.addEventListener("change", refresh);
 classes.addEventListener("change", () => chooseClass(classes.value));
-find("more").addEventListener("click", more);
+find("filters").addEventListener("input", refresh);
+find("filters").addEventListener("reset", () => setTimeout(refresh));
+box.addEventListener("scroll", () => drawRows(false));
+new ResizeObserver(() => drawRows(false)).observe(box);
 list.addEventListener("click", (event) => {
   const option = event.target.closest('[role="option"]');
   if (!option) return;

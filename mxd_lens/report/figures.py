@@ -171,8 +171,7 @@ def probes(frame: pd.DataFrame, data: str) -> go.Figure:
     figure = px.bar(at, barmode="group", **axes, **_RANGE, **colours)
     figure.update_traces(hovertemplate="%{x} features: F1 %{y:.3f}")
     for name, f1 in rows[guess].groupby("layer")["f1"].mean().items():
-        note = {"text": name, "bgcolor": "white", "opacity": 0.8}
-        figure.add_hline(f1, line_dash="dot", annotation=note)
+        figure.add_hline(f1, line={"dash": "dot", "color": "grey"}, annotation={"text": name})
     axis = {"title": "features the probe reads", "type": "category"}
     return _styled(
         figure, data, xaxis=axis, yaxis={"title": "F1, mean over classes", "range": [0, 1.05]}
@@ -205,7 +204,7 @@ def steering(frame: pd.DataFrame, unsteered: dict[str, float]) -> go.Figure:
         y=[unsteered["coherence"]],
         name="unsteered",
         mode="markers",
-        marker={"symbol": "star", "size": 14, "color": "black"},
+        marker={"symbol": "star", "size": 14, "color": "grey"},
         hovertemplate="coherence %{y:.3f}, perplexity %{x:.4g}",
     )
     title = "Steered samples; lines: medians at each strength"

@@ -1,8 +1,9 @@
 """Pages: a run's, a comparison's, and the report of all that is known of a run.
 
-Each is one file that holds everything it needs and asks nothing of the network. Texts of a corpus
-are hostile input: they travel as JSON in which no tag can begin, and the page's script writes
-them as text; Jinja2 escapes everything else.
+Each is one file that holds everything it needs, but for the contexts of very many experts (see
+`mxd_lens.report.experts`), and asks nothing of the network. Texts of a corpus are hostile input:
+they travel as JSON in which no tag can begin, and the page's script writes them as text; Jinja2
+escapes everything else.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ import plotly.graph_objects as go
 from jaxtyping import Float
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
-from plotly.utils import PlotlyJSONEncoder
 from sae_lens.constants import RUNNER_CFG_FILENAME
 from torch import Tensor
 
 from mxd_lens.analysis.labels import detection_scores
 from mxd_lens.files import write_text
 from mxd_lens.report import figures, tables
+from mxd_lens.report.experts import AS_JSON, Browser, browser_of, remove_others
 from mxd_lens.report.tables import Table, layer_label, method_label
 from mxd_lens.runs.config import COMPARISON_FILENAME
 from mxd_lens.runs.results import (
@@ -68,7 +69,7 @@ def write_comparison_page(results: Path) -> None:
         described=described,
         experts=experts,
         labels=labels,
-        data=experts and _browsed(experts, [], labels),
+        browser=browser_of(experts, labels=labels) if experts else None,
     )
 
 
@@ -86,14 +87,13 @@ def write_joint_page(results: Path) -> None:
         figures=drawn,
         numbers=tables.joint(rows),
         written=tables.written(rows),
-        data=None,
     )
 
 
 def write_run_page(path: Path, row: dict[str, Any], density: Float[Tensor, "d_sae"] | None) -> None:
     """One layer's numbers as a table, and figures: how units fire, only if it has experts."""
     firing = [] if density is None else [figures.firing(density)]
-    _write(path, "run.html", row, figures=[figures.losses(row), *firing], data=None)
+    _write(path, "run.html", row, figures=[figures.losses(row), *firing])
 
 
 def write_report(run: Path) -> Path:
@@ -136,7 +136,7 @@ def write_report(run: Path) -> Path:
         steered_this=(run / "steering.json").exists(),
         experts=experts,
         labels=labels,
-        data=experts and _browsed(experts, _chosen(reads), labels),
+        browser=browser_of(experts, reads, labels) if experts else None,
     )
     return path
 
@@ -175,16 +175,29 @@ def detection_of(labels: dict[str, Any]) -> str:
     )
 
 
-def _write(path: Path, template: str, row: dict[str, Any], **parts: Any) -> None:
+def _write(
+    path: Path, template: str, row: dict[str, Any], *, browser: Browser | None = None, **parts: Any
+) -> None:
     """Render a template: a page about one layer, unless it says ``everything`` of several."""
     of_one = {} if "numbers" in parts else _of_one_layer(row)
-    write_page(path, template, **{"row": row} | of_one | parts)
+    beside = browser and browser.write_beside(path)
+    browsed: dict[str, Any] = {"data": None}
+    if browser:
+        browsed["data"] = browser.data | {"folder": beside}
+        browsed["shards"] = browser.shards if browser.inline else []
+    write_page(path, template, **{"row": row} | of_one | browsed | {"beside": beside} | parts)
+    remove_others(path, beside)
 
 
 def write_page(path: Path, template: str, **parts: Any) -> None:
     """Render a template, with plotly's script if it may have figures."""
     plotly = get_plotlyjs() if parts.get("figures", True) else ""
-    write_text(path, _PAGES.get_template(template).render(plotly=plotly, **parts))
+    write_text(path, render(template, plotly=plotly, **parts))
+
+
+def render(template: str, **parts: Any) -> str:
+    """What a template of this folder makes of its parts, which it escapes."""
+    return _PAGES.get_template(template).render(**parts)
 
 
 def _of_one_layer(row: dict[str, Any]) -> dict[str, Any]:
@@ -210,11 +223,7 @@ _PAGES = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-_PAGES.policies["json.dumps_kwargs"] = {
-    "cls": PlotlyJSONEncoder,  # null for what JSON has no word for
-    "ensure_ascii": False,
-    "separators": (",", ":"),
-}
+_PAGES.policies["json.dumps_kwargs"] = AS_JSON
 _PAGES.filters["plot"] = _plot
 _PAGES.globals |= {
     "agreement_of": agreement_of,
@@ -351,44 +360,3 @@ def _steering(files: list[dict[str, Any]]) -> list[go.Figure]:
         return []
     frame["layer"] = frame["architecture"].map(method_label)
     return [figures.steering(frame, files[0]["unsteered"])]
-
-
-# What the browser of experts reads
-
-
-def _chosen(reads: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each class, the experts that probes of one layer read, best first: [id, best rank, number
-    of features of the smallest probe that reads it, mean F1 of such probes]."""
-    names = ["data", "class", "features", "n_features", "f1"]
-    frame = pd.DataFrame(reads, columns=names).dropna(subset="features").explode("features")
-    frame = frame.astype({"features": int, "n_features": int})
-    frame["rank"] = frame.groupby(level=0).cumcount() + 1
-    expert, best = names[:3], ["rank", "n_features"]
-    smallest = frame.groupby(expert)[best].transform("min")
-    frame = frame.assign(rank=smallest["rank"])[frame["n_features"] == smallest["n_features"]]
-    frame = frame.groupby([*expert, *best], sort=False)["f1"].mean().reset_index()
-    frame = frame.sort_values([*best, "f1"], ascending=[True, True, False])
-    return [
-        {"data": data, "class": name, "experts": [list(row)[2:] for row in rows.itertuples(False)]}
-        for (data, name), rows in frame.groupby(["data", "class"], sort=False)
-    ]
-
-
-def _browsed(
-    experts: dict[str, Any] | None,
-    chosen: list[dict[str, Any]],
-    labels: dict[str, Any] | None,
-) -> dict[str, Any] | None:
-    """What the page's script reads: the experts, their contexts as lists, their labels as [name,
-    F1] where they have one, and the classes."""
-    if experts is None:
-        return None
-    keys = ("text", "position", "value", "quantile")
-    labelled = {row["id"]: [row["name"], row["f1"]] for row in (labels or {"labels": []})["labels"]}
-    rows = [
-        expert
-        | {"contexts": [[context[key] for key in keys] for context in expert["contexts"]]}
-        | ({"label": labelled[expert["id"]]} if expert["id"] in labelled else {})
-        for expert in experts["experts"]
-    ]
-    return {"texts": experts["texts"], "experts": rows, "classes": chosen}

@@ -34,8 +34,8 @@ class Reader:
 
     def ids(self):
         """The experts that are listed, in order."""
-        options = self.all("[role=option]")
-        return [int(option.get_attribute("id").removeprefix("option-")) for option in options]
+        script = "return [...document.querySelectorAll('[role=option]')].map((row) => row.id)"
+        return [int(row.removeprefix("option-")) for row in self.driver.execute_script(script)]
 
     def choose(self, selector, text):
         """An option of a <select>."""
@@ -176,7 +176,7 @@ def test_experts_of_a_class(page):
 
 def test_a_click_shows_the_expert(page):
     page.open_expert(2)
-    assert page.driver.current_url.endswith("#expert-2")
+    assert page.driver.current_url.endswith("#expert=2")
     assert page.one("[aria-selected=true]").get_attribute("id") == "option-2"
     marks = [mark.get_property("textContent") for mark in page.all("mark")]
     assert marks == [" cat", " near", "↵"]
@@ -214,11 +214,15 @@ def test_the_keyboard(page):
 def test_links(page):
     page.open_expert(2)
     links = page.all("#detail a")
-    assert [link.get_attribute("href").split("#")[1] for link in links] == ["expert-7", "expert-0"]
-    links[0].click()
+    hrefs = [link.get_attribute("href").split("#")[1] for link in links]
+    assert hrefs == ["expert=2", "expert=7", "expert=0"]  # its own, to be copied
+    links[1].click()
     page.wait_for_expert(7)
     page.driver.back()
     page.wait_for_expert(2)
+    page.driver.forward()
+    page.wait_for_expert(7)
+    assert page.one("[aria-selected=true]").get_attribute("id") == "option-7"
 
 
 def test_the_classes_of_an_expert(page):
@@ -230,13 +234,44 @@ def test_the_classes_of_an_expert(page):
 
 def test_a_link_opens_an_expert(page, address):
     page.driver.get("about:blank")
-    page.driver.get(f"{address}#expert-0")
+    page.driver.get(f"{address}#expert=0")
     page.wait_for_expert(0)
     assert page.text("#detail h3") == f"#0{made.HOSTILE}"
     assert page.text(".sample").startswith("steered")
     assert page.one("#option-0").get_attribute("aria-selected") == "true"
     page.driver.get(f"{address}#expert-11")
     page.wait(lambda: "Expert 11 fired nowhere" in page.text("#detail"))
+
+
+def test_links_of_earlier_pages(page, address):
+    page.driver.get("about:blank")
+    page.driver.get(f"{address}#expert-9")
+    page.wait_for_expert(9)
+
+
+@pytest.mark.parametrize(
+    "asked, found",
+    [
+        ({"least-coherence": "0.2"}, [2, 3]),
+        ({"least-coherence": "0.2", "most-coherence": "0.3"}, [2]),
+        ({"most-density": "0.4"}, [0, 2, 3]),  # in percent
+        ({"most-agreement": "0.9"}, [7]),
+        ({"least-f1": "0.5", "least-mean": "3"}, [2]),
+        ({"least-same_token": "50"}, [0, 2, 3, 7, 9]),
+        ({"most-same_token": "49"}, []),
+    ],
+)
+def test_filters(page, asked, found):
+    page.one("#filters summary").click()
+    for name, value in asked.items():
+        page.one(f"#{name}").send_keys(value)
+    assert sorted(page.ids()) == found
+    assert page.text("#status").startswith(f"{len(found)} of 5")
+    page.one("#filters button").click()
+    page.wait(lambda: len(page.ids()) == 5)
+    page.one("#meaningful").click()
+    assert page.ids() == [2, 7]
+    assert page.fits(400) and page.fits(1200)
 
 
 def test_every_figure_is_drawn(page):
@@ -269,6 +304,66 @@ def test_a_narrow_screen(page):
     assert page.driver.switch_to.active_element.get_attribute("id") == "list"
     assert page.driver.execute_script(top, page.one("#list")) > 0
     assert page.fits(400)
+
+
+@pytest.fixture
+def many(driver, tmp_path, monkeypatch):
+    """3,000 experts, with what is known of them beside the page."""
+    monkeypatch.setattr("mxd_lens.report.experts.INLINE", 0)
+    experts = [
+        made.expert(i, name=f"{'cats' if i % 1000 == 0 else 'dogs'} {i}", sample=made.HOSTILE)
+        for i in range(0, 6000, 2)
+    ]
+    run = write_run(tmp_path / "run", experts=made.EXPERTS | {"experts": experts})
+    yield from opened(driver, write_report(run).as_uri())
+
+
+def test_many_experts(many):
+    many.choose("#order", "number")
+    assert many.ids()[:3] == [0, 2, 4] and len(many.ids()) < 40
+    many.one("#list").send_keys("\ue010\ue007")  # End, Enter
+    many.wait_for_expert(5998)
+    assert many.text(".sample") == made.HOSTILE and len(many.all(".context")) == 2
+    assert many.ids()[-1] == 5998 and len(many.ids()) < 40
+    many.driver.execute_script("document.getElementById('scroll').scrollTop /= 2")
+    many.wait(lambda: 2500 < many.ids()[0] < 3500)
+    many.open_expert(many.ids()[10])
+    many.one("#search").send_keys("cats")
+    assert many.ids() == [0, 1000, 2000, 3000, 4000, 5000]
+    many.driver.execute_script("location.hash = '#expert=4000'")
+    many.wait_for_expert(4000)
+    assert many.one("[aria-selected=true]").get_attribute("id") == "option-4000"
+
+
+def test_shards_that_are_not_there(many, tmp_path):
+    (folder,) = (tmp_path / "run").glob("report-experts-*")
+    aside = folder.rename(tmp_path / "aside")
+    many.all("[role=option]")[0].click()
+    many.wait(lambda: "beside this page" in many.text("#detail"))
+    assert "ERR_FILE_NOT_FOUND" in many.console()[0]
+    aside.rename(folder)
+    many.all("[role=option]")[0].click()
+    many.wait(lambda: many.all("#detail h3"))
+
+
+def test_dark_mode(page):
+    def colour(selector, name):
+        found = "const node = document.querySelector(arguments[0]); "
+        script = f"{found} return node && getComputedStyle(node).getPropertyValue(arguments[1])"
+        return page.driver.execute_script(script, selector, name)
+
+    def colours():
+        return colour("body", "color"), colour(".plot .xtitle", "fill")
+
+    def choose(scheme):
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+
+    page.draw(page.all(".plot")[0])
+    light, dark = "rgb(28, 33, 38)", "rgb(227, 231, 235)"
+    for scheme, expected in {"light": light, "dark": dark, "": light}.items():
+        choose(scheme)
+        page.wait(lambda expected=expected: colours() == (expected, expected))
 
 
 def test_a_comparison_with_the_contexts_of_experts(comparison):

@@ -11,6 +11,7 @@ from plotly.offline import get_plotlyjs
 
 from mxd_lens.analysis.intervals import worth
 from mxd_lens.files import write_json
+from mxd_lens.report.experts import LINE
 from mxd_lens.report.page import write_comparison_page, write_report, write_run_page
 from mxd_lens.report.tables import comparison_table, method_label, over_seeds, summary, table
 from mxd_lens.runs.results import VERSION, read_rows
@@ -179,6 +180,19 @@ class Page(HTMLParser):
         return next((json.loads(text) for of, text in self.scripts if of.get("id") == "data"), None)
 
     @property
+    def shards(self):
+        ids = ((of.get("id") or "", text) for of, text in self.scripts)
+        return [json.loads(text) for name, text in ids if name.startswith("shard-")]
+
+    @property
+    def ids(self):
+        return [line[0] for line in self.data["experts"]]
+
+    def line(self, i):
+        """What the page says of the i-th expert outside shards."""
+        return dict(zip(LINE, self.data["experts"][i], strict=False))
+
+    @property
     def figures(self):
         kind = {"type": "application/json"}
         return [json.loads(text, object_hook=decoded) for of, text in self.scripts if of == kind]
@@ -287,8 +301,13 @@ class TestWhatIsThere:
     def test_experts(self, whole):
         data = whole.data
         assert data["texts"] == TEXTS
-        assert [expert["id"] for expert in data["experts"]] == [0, 2, 3, 7, 9]
-        cats = data["experts"][1]
+        assert whole.ids == [0, 2, 3, 7, 9]
+        assert data["tokens"] == [HOSTILE, " kitten", "\n"]
+        line = [2, "animals · cats", 0.003, 3.0, 4.0, 0.25, 0.5, True, 0.995]
+        assert data["experts"][1] == [*line, [0, 1, 2, 30], [1, 2]]
+        assert (data["shard"], data["folder"]) == (500, None)
+        (experts,) = whole.shards
+        cats = experts[1]
         assert cats["contexts"] == [[0, 1, 4.0, 1.0], [2, 30, 3.5, 1.0], [0, 2, 1.0, 0.25]]
         assert cats["promoted"] == [[" kitten", 1.235], ["\n", 0.5]]
         assert "2 count as meaningful" in whole.text
@@ -296,7 +315,7 @@ class TestWhatIsThere:
         assert "those of 99% for 1 experts (by chance: 0)" in whole.text
 
     def test_labels(self, whole):
-        labels = {expert["id"]: expert.get("label") for expert in whole.data["experts"]}
+        labels = {line[0]: line[-1] for line in whole.data["experts"]}
         assert labels[2] == ["felines", 0.75] and labels[7] == ["dogs", 0.5]
         assert labels[3] == [HOSTILE, None] and labels[0] is labels[9] is None
         assert f"Names of 2 experts, by {HOSTILE}, tell held-out contexts with an F1" in whole.text
@@ -393,7 +412,7 @@ class TestComparison:
             write_run(tmp_path / folder, *run, experts=UNDESCRIBED | {"dataset": shown})
         page = compared({"k": 2}, {"k": 3}, {"architecture": "topk"})
         assert f"Experts of {shown}, seed 0" in page.text
-        assert [expert["id"] for expert in page.data["experts"]] == [0, 1, 2]
+        assert page.ids == [0, 1, 2]
         assert page.data["classes"] == [] and "What they promote agrees" not in page.text
 
     def test_says_how_to_describe_experts(self, compared, tmp_path):
@@ -433,7 +452,7 @@ class TestWhatIsMissing:
     def test_numbers_that_json_has_no_word_for(self, tmp_path):
         experts = EXPERTS | {"experts": [expert(0, coherence=float("nan"))]}
         page = Page(write_report(write_run(tmp_path / "run", experts=experts)))
-        assert page.data["experts"][0]["coherence"] is None
+        assert page.line(0)["coherence"] is None
 
 
 class TestHostileText:
@@ -443,7 +462,8 @@ class TestHostileText:
         assert kinds.count(None) == 3  # plotly, and the page's own for figures and experts
 
     def test_arrives_unchanged(self, whole):
-        assert whole.data["experts"][0]["name"] == HOSTILE
+        assert whole.line(0)["name"] == whole.data["tokens"][0] == HOSTILE
+        assert whole.shards[0][0]["sample"] == f"steered\n{HOSTILE}"
         assert f"An expert counts where {HOSTILE}" in whole.text
 
     def test_of_labels_that_plotly_reads_as_html(self, whole):
@@ -453,7 +473,7 @@ class TestHostileText:
     def test_half_of_a_surrogate_pair(self, tmp_path):
         experts = EXPERTS | {"experts": [expert(0, name="\ud83d")]}
         page = Page(write_report(write_run(tmp_path / "run", experts=experts)))
-        assert page.data["experts"][0]["name"] == "?"
+        assert page.line(0)["name"] == "?"
 
 
 def test_the_page_asks_nothing_of_the_network(whole, compared):
@@ -480,6 +500,76 @@ def test_the_page_is_smaller_than_the_file_it_shows(tmp_path):
     run = write_run(tmp_path / "run", experts=experts)
     page = write_report(run)
     assert page.stat().st_size - len(get_plotlyjs()) < (run / "experts.json").stat().st_size
+
+
+class TestShards:
+    """What lies beside the page of very many experts."""
+
+    @pytest.fixture(autouse=True)
+    def small(self, monkeypatch):
+        monkeypatch.setattr("mxd_lens.report.experts.INLINE", 1000)
+        monkeypatch.setattr("mxd_lens.report.experts.SHARD", 2)
+
+    def write(self, folder, **changes):
+        run = folder / "run"
+        experts = EXPERTS | {"experts": [*EXPERTS["experts"][1:], expert(10, **changes)]}
+        if run.exists():
+            write_json(run / "experts.json", {"version": VERSION} | experts)
+        else:
+            write_run(run, experts=experts)
+        return write_report(run)
+
+    def folders(self, page):
+        return sorted(path.name for path in page.parent.glob("report-experts-*"))
+
+    def test_hold_the_experts_in_order(self, tmp_path):
+        page = self.write(tmp_path, sample=HOSTILE)
+        read = Page(page)
+        assert read.shards == [] and read.ids == [2, 3, 7, 9, 10]
+        assert self.folders(page) == [read.data["folder"]]
+        files = sorted((page.parent / read.data["folder"]).iterdir())
+        assert [file.name for file in files] == ["0.js", "1.js", "2.js"]
+        texts = [file.read_text(encoding="utf-8").strip() for file in files]
+        assert not any("<" in text for text in texts)
+        shards = [json.loads(t[len("take(0,") : -1]) for t in texts if t.startswith("take(")]
+        assert [len(shard) for shard in shards] == [2, 2, 1]
+        assert shards[2][0]["sample"] == HOSTILE
+        policy = next(attrs for tag, attrs in read.tags if "http-equiv" in attrs)["content"]
+        assert "script-src 'unsafe-inline' 'self' file:;" in policy
+
+    def test_of_another_page_are_left_alone_and_old_ones_removed(self, tmp_path):
+        page = self.write(tmp_path)
+        before = self.folders(page)
+        mine = [
+            page.with_name("report-experts-mine"),
+            page.with_name("results-experts-" + 16 * "0"),
+        ]
+        for folder in mine:
+            folder.mkdir()
+        assert self.folders(self.write(tmp_path)) == sorted([*before, mine[0].name])
+        after = self.folders(self.write(tmp_path, sample="other"))
+        assert len(after) == 2 and before[0] not in after
+        assert all(folder.exists() for folder in mine)
+
+    def test_a_page_that_cannot_be_written_keeps_what_it_had(self, tmp_path, monkeypatch):
+        page = self.write(tmp_path)
+        before = page.read_text(encoding="utf-8")
+        with monkeypatch.context() as patch:
+            patch.setattr("mxd_lens.report.page.write_text", full)
+            with pytest.raises(OSError, match="disk"):
+                self.write(tmp_path, sample="other")
+        assert page.read_text(encoding="utf-8") == before
+        assert Page(page).data["folder"] in self.folders(page)
+
+    def test_are_gone_once_they_fit_into_the_page(self, tmp_path, monkeypatch):
+        page = self.write(tmp_path)
+        monkeypatch.setattr("mxd_lens.report.experts.INLINE", 1_000_000)
+        read = Page(self.write(tmp_path))
+        assert self.folders(page) == [] and len(read.shards) == 3 and read.data["folder"] is None
+
+
+def full(*_):
+    raise OSError("the disk is full")
 
 
 def test_a_run_that_has_not_been_measured(tmp_path):
