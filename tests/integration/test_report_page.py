@@ -4,6 +4,7 @@ import shutil
 import time
 
 import pytest
+from selenium.common.exceptions import StaleElementReferenceException
 
 from mxd_lens.report.page import write_comparison_page, write_report
 
@@ -53,8 +54,15 @@ class Reader:
         self.wait(lambda: self.all("#detail h3") and self.text("#detail h3").startswith(f"#{i}"))
 
     def open_expert(self, i):
-        self.one(f"#option-{i}").click()
+        self.wait(lambda: self._clicked(f"#option-{i}"))
         self.wait_for_expert(i)
+
+    def _clicked(self, selector):
+        try:
+            self.one(selector).click()
+        except StaleElementReferenceException:  # rows are made anew while the list scrolls
+            return False
+        return True
 
     def draw(self, plot):
         self.driver.execute_script("arguments[0].scrollIntoView()", plot)

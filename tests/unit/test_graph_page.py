@@ -99,7 +99,7 @@ def test_what_the_script_reads(tmp_path):
     assert data["folders"]["2"].endswith("layer2-mxd")
     assert "4 experts of tiny and 9 edges" in page
     assert "beside the prompt&#39;s errors 0.75, layers in place " in page
-    assert "<img" not in page.replace("img-src", "") and "Plotly.newPlot" in page
+    assert "<img" not in page.replace("img-src", "") and "Plotly.react" in page
 
 
 def test_a_page_without_ablations_is_small(tmp_path):

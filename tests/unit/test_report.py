@@ -304,7 +304,7 @@ class TestWhatIsThere:
         assert whole.ids == [0, 2, 3, 7, 9]
         assert data["tokens"] == [HOSTILE, " kitten", "\n"]
         line = [2, "animals · cats", 0.003, 3.0, 4.0, 0.25, 0.5, True, 0.995]
-        assert data["experts"][1] == [*line, [0, 1, 2, 30], [1, 2]]
+        assert data["experts"][1] == [*line, [0, 1, 2, 30], [1, 2], ["felines", 0.75]]
         assert (data["shard"], data["folder"]) == (500, None)
         (experts,) = whole.shards
         cats = experts[1]
