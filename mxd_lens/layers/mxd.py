@@ -198,10 +198,6 @@ class TrainingMxDConfig(MxDConfig, TrainingPairConfig):
     aux_loss_coefficient: float = 0.3
     """Weight of a linear reconstruction from the activations alone. It keeps experts from becoming
     idle where the dense part does nearly all the work."""
-    mean_gate_coefficient: float = 0.0
-    """Weight of the share of ``a W_dec`` that is the same for all tokens, in units of the loss of
-    an output of zero. The more it weighs, the more the layer needs its choice of experts, and the
-    less faithful it is: see `mxd_lens.layers.mxd_meaningful`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -292,10 +288,6 @@ class TrainingMxD(MxD, TrainingSparseLayer):
         if self.cfg.write_directions:
             from_codes = codes.decode(self.W_aux) + self.b_aux
             losses["auxiliary_loss"] = self.cfg.aux_loss_coefficient * pair_loss(from_codes, y)
-        if self.cfg.mean_gate_coefficient:
-            constant = constant_share(codes.decode(self.W_dec, unit_norm=True))
-            of_zero = pair_loss(torch.zeros_like(y), y)
-            losses["mean_gate_loss"] = self.cfg.mean_gate_coefficient * constant * of_zero
         return losses
 
     def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
@@ -307,12 +299,6 @@ class TrainingMxD(MxD, TrainingSparseLayer):
         state_dict["W_enc"] = state_dict["W_enc"] * scale
         state_dict["b_enc"] = -(state_dict.pop("gate_mean") @ state_dict["W_enc"])
         super().process_state_dict_for_saving_inference(state_dict)
-
-
-def constant_share(gate: Float[Tensor, "tokens d_out"]) -> Float[Tensor, ""]:
-    """Squared norm of the mean over the mean squared norm: 0 if the gate averages to nothing, 1 if
-    it is the same for all tokens."""
-    return gate.mean(0).square().sum() / gate.square().sum(-1).mean().clamp_min(1e-12)
 
 
 register_sae_class("mxd", MxD, MxDConfig)

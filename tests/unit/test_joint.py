@@ -76,18 +76,30 @@ def test_exact_copies_lose_nothing_together(lm, tokens):
     assert found["error"] == pytest.approx([0] * N_LAYERS, abs=1e-6)
 
 
+class BesideSpecial(BesideBos):
+    """A layer in place of an MLP everywhere but at special tokens."""
+
+    special: torch.Tensor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.where(self.special, self.mlp(x), self.layer(x))
+
+
 def test_continuations_are_the_spliced_models(lm):
     prompts = ["the cat sat", "one fish"]
     assert continuations(lm, {}, prompts, 5) == continuations(
         lm, {i: placed(MxD.from_mlp(lm.blocks[i].mlp), lm, i) for i in range(N_LAYERS)}, prompts, 5
     )
     layers = {i: placed(random_layer("mxd", lm, 0.5), lm, i) for i in range(N_LAYERS)}
-    expected = []
-    with splice(lm, {i: BesideBos(layers[i], lm.blocks[i].mlp) for i in range(N_LAYERS)}):
+    beside = {i: BesideSpecial(layers[i], lm.blocks[i].mlp) for i in range(N_LAYERS)}
+    special, expected = Site.at(lm, 0).special, []
+    with splice(lm, beside):
         for prompt in prompts:
             tokens = lm.to_tokens(prompt)
             n_prompt = tokens.shape[1]
             for _ in range(5):
+                for module in beside.values():
+                    module.special = torch.isin(tokens, special)[..., None]
                 tokens = torch.cat([tokens, lm(tokens)[:, -1:].argmax(-1)], dim=1)
             expected.append(lm.tokenizer.decode(tokens[0, n_prompt:]))
     assert continuations(lm, layers, prompts, 5) == expected != continuations(lm, {}, prompts, 5)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from mxd_lens.layers.mlp import ACTIVATIONS, read_mlp
-from mxd_lens.layers.mxd import MxD, constant_share
+from mxd_lens.layers.mxd import MxD
+from mxd_lens.layers.mxd_meaningful import constant_share
 from mxd_lens.models.site import Site
 from tests.helpers import KINDS, close, make_config, make_layer, training_step
 from tests.reference import reference, steps
@@ -92,8 +93,8 @@ class TestDefaultRecipe:
         mxd.init_from(Site.at(tiny_hooked, 1).mlp, mlp_in, mlp_in)
         assert mxd.log_gate_scale.item() == pytest.approx(scale, abs=1e-4)
 
-    def test_the_other_losses_can_be_turned_off(self, kind):
-        mxd = make_layer(kind, aux_loss_coefficient=0.0, mean_gate_coefficient=0.0)
+    def test_the_auxiliary_loss_can_be_turned_off(self, kind):
+        mxd = make_layer(kind, aux_loss_coefficient=0.0)
         found = training_step(mxd, torch.randn(9, 5).double(), torch.randn(9, 4).double())
         assert list(found.losses) == ["mse_loss"]
 
