@@ -66,7 +66,7 @@ class SparseCodes:
 
     def with_values(self, values: Tensor) -> SparseCodes:
         """The same units with other activations."""
-        return replace(self, values=values)
+        return SparseCodes(values, self.indices, self.d_sae, self.counts)
 
     def for_counting(self) -> Any:
         """What SAELens' trainer counts firings of."""
@@ -98,7 +98,7 @@ class SparseCodes:
         return token[active], self.indices.flatten()[active], values[active]
 
     def detach(self) -> SparseCodes:
-        return replace(self, values=self.values.detach())
+        return self.with_values(self.values.detach())
 
     def to(self, device: torch.device | str | None) -> SparseCodes:
         return replace(
