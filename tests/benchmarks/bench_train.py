@@ -32,6 +32,7 @@ PARTS: dict[str, tuple[Any, str]] = {
     "buffer, tokens": (Stream, "__next__"),
     "layer, forward": (TrainingPairLayer, "training_forward_pass"),
     "layer, backward": (torch.Tensor, "backward"),
+    "clipping": (torch.nn.utils, "clip_grad_norm_"),
     "optimiser": (torch.optim.Adam, "step"),
     "checkpoints": (SAETrainer, "save_checkpoint"),
     REST: (MultiSAETrainer, "fit"),
