@@ -29,6 +29,9 @@ MANY = {
 }
 """Ten runs of one layer."""
 
+ROWS = 2 * 2 + 2
+"""Of MxD in the printed tables: each k and seed, and the seeds' mean at each k."""
+
 
 def weights(folder: str | Path) -> dict[str, torch.Tensor]:
     layer = Path(folder) / "layer"
@@ -144,7 +147,7 @@ def test_workers_share_a_comparison(run_on, tmp_path):
     out, _ = finish(run_on(1, tmp_path / "shared", **MANY, workers=2))
     rows = [json.loads((tmp_path / n / "results.json").read_text()) for n in ("alone", "shared")]
     assert rows[0] == rows[1] and len(rows[0]["rows"]) == 10
-    assert out.count("| MxD |") == 4
+    assert out.count("| MxD |") == ROWS
     begun = [re.findall(r"^\[(\d+)/10\]", log, re.M) for log in logs(tmp_path / "shared")]
     assert len(begun) == 2 and all(begun)
     assert sorted(int(run) for runs in begun for run in runs) == list(range(1, 11))
@@ -168,7 +171,7 @@ def test_workers_end_with_the_command_and_one_may_be_killed(run_on, tmp_path):
         time.sleep(0.05)
     os.kill(workers_of(process)[0], signal.SIGKILL)
     out, err = finish(process)
-    assert "worker 1 has failed" in err and out.count("| MxD |") == 4
+    assert "worker 1 has failed" in err and out.count("| MxD |") == ROWS
 
 
 def test_workers_that_all_fail_leave_a_sentence_and_their_log(run_on, tmp_path):
@@ -219,7 +222,7 @@ def test_workers_are_jobs_of_slurm(run_on, tmp_path, monkeypatch):
         monkeypatch.setenv(f"SBATCH_{name}", value)
     settings = MANY | {"architectures": ["mxd"], "workers": 2, "executor": "slurm"}
     out, _ = finish(run_on(1, tmp_path / "out", **settings))
-    assert out.count("| MxD |") == 4 and "worker 2 is slurm job 7_1" in out
+    assert out.count("| MxD |") == ROWS and "worker 2 is slurm job 7_1" in out
     assert any("[1/4]" in log for log in logs(tmp_path / "out"))
     assert (tmp_path / "env").read_text().count("SBATCH_") == len(said)
     script = (tmp_path / "script").read_text()
