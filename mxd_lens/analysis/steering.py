@@ -9,8 +9,8 @@ the original model (Oldfield et al. 2025, arXiv 2505.21364)::
     evaluate_steering(model, sae, experts, [100.0], **PAPER)
 
 What an MxD's expert then writes depends on the token: it scales what the hidden units say there.
-With ``directions=steering_directions(sae, experts, x)`` it writes, on any text, what it does where
-its gate is largest.
+With ``directions=steering_directions(sae, experts, x)`` it writes, on any text, what its activation
+tells of the MLP's output.
 """
 
 from __future__ import annotations
@@ -192,8 +192,9 @@ def _n_cached(inputs: Sequence[Any], layer: int) -> int:
 def steering_directions(
     sae: SAE[Any], experts: Sequence[int], x: Float[Tensor, "tokens d_in"]
 ) -> Float[Tensor, "n_experts d_out"]:
-    """Output per unit activation: rows of W_dec, or, for an MxD, averaged over the 32 tokens of x,
-    non-special ones, where each expert is strongest; ValueError if one does not exist."""
+    """Output per unit activation: rows of W_dec, or an MxD's W_write, or what activations tell of
+    the output on x, non-special tokens, see `Layer.steering_directions`; ValueError if an expert
+    does not exist."""
     units = _check_experts(sae, experts).to(sae.device)
     return layer_of(sae).steering_directions(units, x)
 

@@ -24,6 +24,8 @@ from einops import reduce
 from jaxtyping import Float, Int
 from sae_lens.registry import register_sae_class, register_sae_training_class
 from sae_lens.util import dtype_to_str
+from scipy import sparse
+from sklearn.linear_model import Ridge
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
@@ -40,8 +42,6 @@ from mxd_lens.layers.codes import Codes, SparseCodes
 from mxd_lens.layers.hidden import HiddenConfig, HiddenUnits
 from mxd_lens.layers.kernels import gate_values, pre_activation_chunks, pre_activations
 from mxd_lens.layers.mlp import MLPShape, MLPWeights, read_mlp
-
-_N_FIRING = 32  # tokens over which what an expert writes is averaged
 
 
 @dataclass(kw_only=True)
@@ -125,18 +125,25 @@ class MxD(SparseLayer, HiddenUnits):
     def steering_directions(
         self, units: Int[Tensor, "n"], x: Float[Tensor, "tokens d_in"]
     ) -> Float[Tensor, "n d_out"]:
-        """W_write, if the layer has it; else ``W_dec[n] * (z W_shared)``, its mean over the 32
-        tokens of x with the largest gate."""
+        """W_write, if the layer has it; else what activations tell of the layer's output on x, by
+        ridge regression: zero for an expert that does not fire there."""
         if self.cfg.write_directions:
             return self.W_write[units].clone()
-        W_dec, x = self.W_dec[units], x.to(self.dtype)
-        shared = torch.cat([self.hidden(part) @ self.W_shared for part in x.split(1024)])
-        n = min(_N_FIRING, len(x))
-        written = [
-            row * shared[(x @ self.W_enc[:, part]).topk(n, dim=0).indices].mean(0)
-            for row, part in zip(W_dec.split(256), units.split(256), strict=True)
-        ]
-        return torch.cat(written)
+        return self._regress(x.to(self.dtype))[units]
+
+    def _regress(self, x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "d_sae d_out"]:
+        """Of the output on the activations, with a penalty as of one firing of each expert."""
+        outputs, firings = [], []
+        for start, part in enumerate(x.split(1024)):
+            y, codes, _ = self.run_with_codes(part)
+            token, unit, value = codes.firings()
+            outputs.append(y.float().cpu())
+            firings.append((token.cpu() + 1024 * start, unit.cpu(), value.float().cpu()))
+        token, unit, value = (torch.cat(of_part).numpy() for of_part in zip(*firings, strict=True))
+        acts = sparse.csr_array((value, (token, unit)), shape=(len(x), self.cfg.d_sae))
+        penalty = float(np.square(value).mean()) if len(value) else 1.0
+        fitted = Ridge(penalty, solver="sparse_cg", tol=1e-6).fit(acts, torch.cat(outputs).numpy())
+        return torch.from_numpy(fitted.coef_.T.copy()).to(self.W_dec)
 
     @torch.no_grad()
     def effect_norms(

@@ -521,8 +521,8 @@ class SteerConfig(AnalysisConfig, Sampling):
     n_samples: Annotated[int, Field(ge=2)] = 8
     """Samples of each unit at each strength."""
     edit: Literal["direction", "activation", "paper"] = "direction"
-    """What is added for an MxD's expert: always what it writes where its gate is largest, or what
-    raising its activation writes at each token. The same for other layers. paper: all as in
+    """What is added for an MxD's expert: always what its activation tells of the MLP's output, or
+    what raising its activation writes at each token. The same for other layers. paper: all as in
     arXiv 2505.21364, which sets prompt and sampling; strengths, 100 by default, are amounts."""
 
     def __post_init__(self) -> None:

@@ -13,6 +13,7 @@ SHORTER = {
     "2_train_your_own": {},
     "3_frontier": {"ks": [8]},
     "4_probe_inspect_steer": {"n_texts": 120, "n_tokens": 4000, "n_samples": 2},
+    "5_graph_and_intervene": {"layers": [6, 20], "n_tokens": 4000, "n_ablations": 4},
 }
 
 
