@@ -101,6 +101,16 @@ STEER = {
     "n_samples": st.integers(-1, 3).map(str),
     "edit": st.sampled_from(["direction", "activation", "paper", "x"]),
 }
+CHOICE = {"k": number, "seed": number, "architecture": architecture}
+GRAPH = CHOICE | {
+    **{"prompt": st.sampled_from(["the cat", "", "</s>", "x"]), "ablations": number},
+    **dict.fromkeys(["target", "against"], st.sampled_from(["cat", "dog", "the cat", "", "x"])),
+    "max_nodes": number,
+}
+FINETUNE = CHOICE | {
+    **{"training_tokens": number, "lr": real, "lm_batch_size": number, "reconstruction": real},
+    "output": st.sampled_from(["out", "text.txt", "out/tuned"]),
+}
 
 
 @st.composite
@@ -224,8 +234,14 @@ COMMANDS = {
     "label": (5, LABEL, {"n_tokens": "200", "n_experts": "2"}, "*/labels.json"),
     "steer": (25, STEER, SAMPLED, "*/steering.json"),
     "report": (5, {"k": number}, {}, "*/report.html"),
+    "graph": (15, GRAPH, {"prompt": "the cat", "architecture": "mxd"}, "**/graph-*.html"),
+    "finetune": (
+        *(10, FINETUNE),
+        {"architecture": "mxd", "training_tokens": "40", "output": "out/tuned"},
+        "tuned/finetuned.json",
+    ),
     "export": (
-        *(5, {"k": number, "seed": number, "architecture": architecture}),
+        *(5, CHOICE),
         *({"output": "out/set"}, "set/config.yaml"),
     ),
     "convert": (
