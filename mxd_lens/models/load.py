@@ -13,7 +13,7 @@ from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mxd_lens.demo.models import smollm2_dir
+from mxd_lens.demo.models import DEMO_MODELS
 
 ModelClass = Literal["TransformerBridge", "HookedTransformer"]
 
@@ -37,16 +37,16 @@ def load_model(
     TransformerLens before 4.
 
     Args:
-        name: a model on the Hugging Face hub, a local folder with one, or ``demo:smollm2``,
-            SmolLM2-135M-Instruct from the package index.
+        name: a model on the Hugging Face hub, a local folder with one, or from the package index
+            ``demo:smollm2``, SmolLM2-135M-Instruct, or ``demo:gemma3``, Gemma-3-270M.
         model_class: a SAETransformerBridge, or the older HookedSAETransformer.
         device: or "auto", which spreads a bridge over several.
         dtype: of its weights.
     """
     bridged = model_class == "TransformerBridge"
-    if device == "auto" and (name == DEMO_MODEL or not bridged):
+    if device == "auto" and (name in DEMO_MODELS or not bridged):
         raise ValueError("device auto: only a TransformerBridge from the hub or a folder spreads")
-    source = str(smollm2_dir()) if name == DEMO_MODEL else name
+    source = str(DEMO_MODELS[name]()) if name in DEMO_MODELS else name
     try:
         if bridged:
             where = {"device_map": device} if device == "auto" else {"device": device}

@@ -113,7 +113,8 @@ class RunConfig(TextSource):
     """Which model on which text: what all layers that are trained together share."""
 
     model: PathStr
-    """Hugging Face name or local folder of the language model; demo:smollm2 needs no hub."""
+    """Hugging Face name or local folder of the language model; demo:smollm2 and demo:gemma3 need
+    no hub."""
     output: PathStr
     """Folder of the results. The same command again resumes what was interrupted there."""
     expansion: Count = 16

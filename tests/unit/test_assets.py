@@ -219,6 +219,50 @@ def test_a_broken_conversion_leaves_no_model(cache, conversions, monkeypatch, er
     assert kept(cache) == {TINY.filename}
 
 
+@pytest.fixture
+def gemma(cache, monkeypatch) -> list[str]:
+    """The wheels of Gemma, tiny ones, in the cache; what `gemma3_dir` has converted."""
+    made = make_wheel(cache, {models._TERMS: "<p>terms</p>"})
+    monkeypatch.setattr(models, "GEMMA3", made)
+    parts = []
+    for number in range(4):
+        wheel = make_wheel(cache, {f"part/data/gemma.gguf.part0{number}": f"{number}"})
+        part = dataclasses.replace(wheel, version=f"1.{number + 1}")
+        os.replace(cache / made.filename, cache / part.filename)
+        parts.append(part)
+    monkeypatch.setattr(models, "GEMMA3_PARTS", parts)
+    make_wheel(cache, {models._TERMS: "<p>terms</p>"})
+    done = []
+
+    def convert(gguf: Path, folder: Path) -> None:
+        done.append(gguf.read_text())
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+
+    monkeypatch.setattr(models, "_convert", convert)
+    return done
+
+
+@pytest.mark.parametrize("said", [None, "no", "accepted"])
+def test_gemma_is_put_together_once_its_terms_are_accepted(cache, gemma, monkeypatch, said):
+    monkeypatch.delenv(models.GEMMA_TERMS, raising=False)
+    if said:
+        monkeypatch.setenv(models.GEMMA_TERMS, said)
+    if said != "accepted":
+        for wheel in models.GEMMA3_PARTS:
+            (cache / wheel.filename).unlink()  # fetching any would fail
+        with pytest.raises(AssetError) as caught:
+            models.gemma3_dir()
+        terms = cache / "gemma-terms-of-use.html"
+        check_sentence(caught, str(terms), f"{models.GEMMA_TERMS}=accepted")
+        assert terms.read_text() == "<p>terms</p>" and not gemma
+        return
+    model = models.gemma3_dir()
+    assert model == cache / "gemma-3-270m" and gemma == ["0123"]
+    monkeypatch.delenv(models.GEMMA_TERMS)
+    assert models.gemma3_dir() == model and gemma == ["0123"]
+
+
 def test_minilm_is_unpacked_once(cache, monkeypatch):
     members = {"config.json": "{}", "1_Pooling/config.json": "{}", "vocab.txt": "a"}
     inside = {f"{models._MINILM}{name}": text for name, text in members.items()}

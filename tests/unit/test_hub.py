@@ -19,8 +19,8 @@ from huggingface_hub import ModelCard, constants
 import mxd_lens
 from mxd_lens.cli import main
 from mxd_lens.data.text import DEMO_TEXTS
+from mxd_lens.demo.models import DEMO_MODELS
 from mxd_lens.hub import DEMO_SOURCES, gather, source
-from mxd_lens.models.load import DEMO_MODEL
 from mxd_lens.runs.results import read_rows
 from tests.conftest import WORDS
 from tests.fake_hub import FakeHub, fake_hub
@@ -220,7 +220,7 @@ def test_licences_are_asked_for(hub):
     text = source("dataset", "big/text:small")
     assert text.licence == "odc-by" and text.url == f"{hub.url}/datasets/big/text"
     assert source("model", "nobodys/model").licence == "see its page"
-    assert {*DEMO_TEXTS, DEMO_MODEL} == {*DEMO_SOURCES}
+    assert {*DEMO_TEXTS, *DEMO_MODELS} == {*DEMO_SOURCES}
     assert source("dataset", "demo:wikipedia").licence.startswith("CC BY-SA")
 
 
