@@ -61,14 +61,12 @@ class InModel:
         self._measures_shared = not heldout.shared
         mlp = get_mlp(site.model, site.layer)
         self._copy = MxD.from_mlp(mlp) if self._measures_shared else None
-        n = 5 + 3 * layer.has_experts + self._measures_shared
+        n = 3 + len(GATES) * layer.has_experts + 2 * self._measures_shared
         self._progress = tqdm(total=len(heldout.in_model) * n, desc="Measuring the model")
         with self._progress:
             batches = [self._measure(tokens) for tokens in heldout.in_model]
         of_tokens = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
-        shared = [
-            name for name in of_tokens if name in ("ce_zero_ablation", "ce_floor", "kl_floor")
-        ]
+        shared = [name for name in of_tokens if name in SHARED]
         heldout.shared.update({name: of_tokens[name] for name in shared})
         self.of_tokens: dict[str, PerToken] = of_tokens | heldout.shared
         tokens = torch.cat(heldout.in_model).cpu()

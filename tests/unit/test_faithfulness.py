@@ -168,6 +168,17 @@ def test_measurements_are_those_of_plain_passes(tiny_bridge, heldout, name):
     assert found == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("name", ["mxd", "dense"])
+def test_progress_comes_to_its_end(tiny_bridge, heldout, capsys, name):
+    sae, site = random_layer(name, d_sae=20), Site.at(tiny_bridge, 1)
+    read = read_heldout(site, heldout, context_size=8, device="cpu", n_sequences=8, batch_size=4)
+    for passes in (2, 0):  # by the MLP's first layer, its absence and its copy
+        evaluate(tiny_bridge, sae, read)
+        bar = capsys.readouterr().err.split("Measuring the model: ")[-1].split("|")
+        n = 2 * (3 + 3 * (name == "mxd") + passes)
+        assert bar[0] == "100%" and f" {n}/{n} " in bar[2]
+
+
 def test_a_too_short_heldout_text(tiny_bridge):
     with pytest.raises(ValueError, match="held-out text is too short"):
         evaluate(tiny_bridge, random_layer("mxd"), Dataset.from_dict({"text": ["the cat"]}))
