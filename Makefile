@@ -80,6 +80,7 @@ check-format: setup
 
 check-type: setup
 	$(BIN)/basedpyright
+	$(BIN)/python tests/package/check_types.py
 
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
