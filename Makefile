@@ -80,11 +80,14 @@ check-format: setup
 
 check-type: setup
 	$(BIN)/basedpyright
+	$(BIN)/python tests/package/check_types.py
 
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# Wheel and sdist, each in an empty environment with all that it needs (gigabytes), and in use there.
+# Wheel and sdist, each in an empty environment with all that it needs, and in use there. torch is a
+# CPU build if pip's --find-links have one, which uv does not ask by itself.
+package: export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 package: .venv/uv
 	rm -rf dist
 	$(BIN)/uv build --quiet

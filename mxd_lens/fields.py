@@ -78,7 +78,7 @@ class Flag(BooleanOptionalAction):
 
     def __init__(self, option_strings: Sequence[str], dest: str, **kwargs: Any):
         super().__init__(option_strings, dest, **kwargs)
-        self.option_strings = list(option_strings)
+        self.option_strings: list[str] = list(option_strings)
 
 
 @dataclass_transform(

@@ -45,8 +45,9 @@ class ChatModel:
     def __init__(
         self, model: str | None = None, endpoint: str | None = None, key: str | None = None
     ):
-        self.model = model or os.environ.get("OPENAI_MODEL", "")
-        self.endpoint = (endpoint or os.environ.get("OPENAI_BASE_URL", "")).rstrip("/")
+        self.model: str = model or os.environ.get("OPENAI_MODEL", "")
+        endpoint = endpoint or os.environ.get("OPENAI_BASE_URL", "")
+        self.endpoint: str = endpoint.rstrip("/")
         self._key = (key or os.environ.get("OPENAI_API_KEY", "")).strip()
         if not self.model:
             raise ValueError("say which chat model: set OPENAI_MODEL to its name")

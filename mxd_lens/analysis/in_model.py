@@ -56,7 +56,9 @@ class InModel:
         mean_sparse: Float[Tensor, "d_out"] | None,
         seed: int = 0,
     ):
-        self.layer, self.site, self.heldout = layer, site, heldout
+        self.layer: Layer = layer
+        self.site: Site = site
+        self.heldout: Heldout = heldout
         self._mean, self._generator = mean_sparse, torch.Generator().manual_seed(seed)
         self._measures_shared = not heldout.shared
         mlp = get_mlp(site.model, site.layer)

@@ -118,9 +118,13 @@ class Reader:
         dtype: torch.dtype,
         ranks: Ranks,
     ):
-        self.store, self.sites, self.needs, self.ranks = store, sites, needs, ranks
-        self.device, self.dtype = device, dtype
-        self.d_pair = 2 * int(sites[0].model.cfg.d_model)
+        self.store: ActivationsStore = store
+        self.sites: Sequence[Site] = sites
+        self.needs: Sequence[Sequence[int]] = needs
+        self.ranks: Ranks = ranks
+        self.device: str = device
+        self.dtype: torch.dtype = dtype
+        self.d_pair: int = 2 * int(sites[0].model.cfg.d_model)
 
     def passes(self) -> Iterator[Pass]:
         """All that is to be read, unread: the text again and again; ValueError if it is too short

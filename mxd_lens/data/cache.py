@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -156,12 +156,16 @@ class Cached(Iterator[dict[Part, Float[Tensor, "batch d_pair"]]]):
         batch_size: int,
         first: int = 0,
     ):
-        self.rows = {part.layer: stored_pairs(folders[part.layer], n_tokens) for part in parts}
-        self.orders = {
+        self.rows: dict[int, Float[Tensor, "n_tokens d_pair"]] = {
+            part.layer: stored_pairs(folders[part.layer], n_tokens) for part in parts
+        }
+        self.orders: dict[int, Int[Tensor, "n_tokens"]] = {
             seed: torch.randperm(n_tokens, generator=torch.Generator().manual_seed(seed))
             for seed in {part.seed for part in parts}
         }
-        self.parts, self.batch_size, self.next = parts, batch_size, first
+        self.parts: Sequence[Part] = parts
+        self.batch_size: int = batch_size
+        self.next: int = first
 
     def __next__(self) -> dict[Part, Float[Tensor, "batch d_pair"]]:
         batch = slice(self.next * self.batch_size, (self.next + 1) * self.batch_size)

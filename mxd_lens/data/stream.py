@@ -61,13 +61,14 @@ class Stream(Iterator[dict[Part, Float[Tensor, "batch d_pair"]]]):
         first: int = 0,
         seeds: Iterable[int] | None = None,
     ):
-        self.reader, self.parts = reader, parts
+        self.reader: Reader = reader
+        self.parts: Sequence[Part] = parts
         self._skipping = True
         seeds = sorted({part.seed for part in parts} if seeds is None else set(seeds))
         layers = {seed: sorted({p.layer for p in parts if p.seed == seed}) for seed in seeds}
         self._source = self._passes()
         self._waiting: dict[int, deque[Pass]] = {seed: deque() for seed in layers}
-        self.mixers = {
+        self.mixers: dict[int, Mixer] = {
             seed: Mixer(self._passes_for(seed), reader, layers[seed], seed) for seed in layers
         }
         for _ in tqdm(range(first), desc="Passing by what has been seen", disable=not first):
@@ -121,7 +122,7 @@ class Mixer:
         size = store.n_batches_in_buffer * store.training_context_size
         capacity = size + store.store_batch_size_prompts * store.training_context_size
         shape = capacity, reader.d_pair
-        self.buffers = {
+        self.buffers: dict[int, Float[Tensor, "capacity d_pair"]] = {
             layer: torch.empty(shape, dtype=reader.dtype, device=reader.device) for layer in layers
         }
         self._passes, self._device = passes, reader.device

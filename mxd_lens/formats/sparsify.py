@@ -8,6 +8,7 @@
 
 W_skip [d_in, d_in] is there with ``skip_connection``. Of an SAE, not of a transcoder, b_dec is also
 subtracted from x. Decoders are saved as they are used, whatever ``normalize_decoder`` says.
+With ``gram_lookup``, y lacks a table of means that is saved elsewhere.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class Config(TypedDict):
     transcode: Literal[True]
     activation: Literal["topk"]
     skip_connection: NotRequired[bool]
+    gram_lookup: NotRequired[Literal[False]]
 
 
 def read_sparsify(

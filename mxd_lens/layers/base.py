@@ -143,12 +143,17 @@ class PairLayer(Layer, SAE[Any]):
     those (neurons' results, stacks over layers) raises a RuntimeError.
     """
 
-    W_in = _of_a_plain_mlp("W_in")
-    b_in = _of_a_plain_mlp("b_in")
-    W_gate = _of_a_plain_mlp("W_gate")
-    W_out = _of_a_plain_mlp("W_out")
+    W_in: property = _of_a_plain_mlp("W_in")
+    b_in: property = _of_a_plain_mlp("b_in")
+    W_gate: property = _of_a_plain_mlp("W_gate")
+    W_out: property = _of_a_plain_mlp("W_out")
     decode_reads_input: ClassVar[bool] = True
     """Whether the output depends on the input besides the codes."""
+    hook_in: HookPoint
+    hook_codes: HookPoint
+    hook_out: HookPoint
+    dtype: torch.dtype
+    device: torch.device
 
     def __init__(self, cfg: Any):
         super().__init__(cfg)
@@ -309,7 +314,9 @@ class SparseLayer(PairLayer):
     if not the k largest. Dense activations exist only while hooked.
     """
 
+    W_enc: nn.Parameter
     b_enc: nn.Parameter
+    W_dec: nn.Parameter
     unit_norm_decoder: ClassVar[bool] = False
     """Whether rows of W_dec are kept at unit norm, and their gradient orthogonal to them."""
 

@@ -46,6 +46,8 @@ class Dense(HiddenUnits):
     has_experts: ClassVar[bool] = False
     multiple_of: ClassVar[int] = 1
     decode_reads_input: ClassVar[bool] = False
+    W_dec: nn.Parameter
+    b_dec: nn.Parameter
 
     @property
     def d_hidden(self) -> int:

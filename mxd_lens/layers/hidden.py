@@ -52,6 +52,9 @@ class HiddenUnits(PairLayer):
     b_hidden: nn.Parameter
     W_hidden_gate: nn.Parameter
     b_hidden_gate: nn.Parameter
+    hook_pre: HookPoint
+    hook_pre_linear: HookPoint
+    hook_post: HookPoint
 
     def __init__(self, cfg: Any):
         super().__init__(cfg)

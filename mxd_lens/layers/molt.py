@@ -64,6 +64,8 @@ class MOLT(SparseLayer):
     default_lr: ClassVar[float] = 1e-2
     multiple_of: ClassVar[int] = 1
     W_read: nn.Parameter
+    W_dec: nn.Parameter
+    b_dec: nn.Parameter
 
     @torch.no_grad()
     def initialize_weights(self) -> None:

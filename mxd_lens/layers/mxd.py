@@ -84,7 +84,10 @@ class MxD(SparseLayer, HiddenUnits):
     default_lr: ClassVar[float] = 3e-3
     sparse_hook: ClassVar[str] = "hook_experts"
     W_shared: nn.Parameter
+    b_dec: nn.Parameter
     W_write: Tensor
+    hook_experts: HookPoint
+    hook_shared: HookPoint
 
     def __init__(self, cfg: Any):
         super().__init__(cfg)
@@ -208,7 +211,7 @@ class TrainingMxDConfig(MxDConfig, TrainingPairConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.write_directions = self.aux_loss_coefficient > 0
+        self.write_directions: bool = self.aux_loss_coefficient > 0
 
 
 class TrainingMxD(MxD, TrainingSparseLayer):
@@ -226,6 +229,9 @@ class TrainingMxD(MxD, TrainingSparseLayer):
 
     cfg: TrainingMxDConfig  # type: ignore[assignment]
     gate_mean: Tensor
+    log_gate_scale: nn.Parameter
+    W_aux: nn.Parameter
+    b_aux: nn.Parameter
 
     def initialize_weights(self) -> None:
         super().initialize_weights()

@@ -48,6 +48,7 @@ class TopKTranscoder(SparseLayer):
     label: ClassVar[str] = "transcoder"
     default_lr: ClassVar[float] = 3e-2
     decode_reads_input: ClassVar[bool] = False
+    b_dec: nn.Parameter
 
     @torch.no_grad()
     def initialize_weights(self) -> None:

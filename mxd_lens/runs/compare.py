@@ -16,6 +16,7 @@ from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from sae_lens.constants import RUNNER_CFG_FILENAME
 from sae_lens.saes.sae import SAE
 
@@ -202,10 +203,15 @@ def _locked(folder: Path, waiting: str | None, locks: ExitStack) -> bool:
 class Bench:
     """What layers of a comparison are measured with: read once for all that stand in for an MLP."""
 
+    heldout: Heldout
+    activations: TextActivations | None
+    labels: list[str]
+
     def __init__(self, cfg: ManyConfig, sites: Mapping[int, Site], dataset: Text):
-        self.cfg, self.sites = cfg, sites
-        self.documents = cfg.documents(dataset)[1]
-        self.labelled = load_labelled(cfg.probe) if cfg.probe else None
+        self.cfg: ManyConfig = cfg
+        self.sites: Mapping[int, Site] = sites
+        self.documents: Text = cfg.documents(dataset)[1]
+        self.labelled: Dataset | None = load_labelled(cfg.probe) if cfg.probe else None
         self.layer: int | None = None
 
     def read(self, layer: int) -> None:

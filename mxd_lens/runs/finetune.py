@@ -17,7 +17,8 @@ from sae_lens.constants import RUNNER_CFG_FILENAME
 from sae_lens.saes.sae import SAE
 from safetensors.torch import load_model, save_model
 from simple_parsing import field as argument
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 
 from mxd_lens.analysis.in_model import divergences
@@ -125,15 +126,18 @@ class Tuning:
     def __init__(
         self, cfg: FinetuneConfig, model: Any, layers: Mapping[int, SAE[Any]], reading: TrainConfig
     ):
-        self.cfg, self.model, self.layers, self.reading = cfg, model, layers, reading
-        self.sites = sites_of(model, layers)
-        parameters = [p for sae in layers.values() for p in sae.parameters()]
-        self.optimizer = torch.optim.Adam(parameters, lr=cfg.lr, fused=True)
-        self.steps = max(1, cfg.training_tokens // (cfg.lm_batch_size * reading.context_size))
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: 1 - step / self.steps
-        )
-        self.parameters, self.step = parameters, 0
+        self.cfg: FinetuneConfig = cfg
+        self.model: Any = model
+        self.layers: Mapping[int, SAE[Any]] = layers
+        self.reading: TrainConfig = reading
+        self.sites: dict[int, Site] = sites_of(model, layers)
+        self.parameters: list[nn.Parameter] = [
+            p for sae in layers.values() for p in sae.parameters()
+        ]
+        self.optimizer: torch.optim.Adam = torch.optim.Adam(self.parameters, lr=cfg.lr, fused=True)
+        self.step: int = 0
+        self.steps: int = max(1, cfg.training_tokens // (cfg.lm_batch_size * reading.context_size))
+        self.schedule: LambdaLR = LambdaLR(self.optimizer, lambda step: 1 - step / self.steps)
 
     def fit(self, text: Text, checkpoints: Path) -> None:
         """Train on the text, from the newest checkpoint if there is one; raises Interrupted when a

@@ -405,7 +405,7 @@ class ResultsFile(Generic[T]):
         self.path = path
         self.value: Any = read(path, kind)
         made: Parts = {} if self.value is None else self.value.parts()
-        self.missing = [part for part in asked if part not in made]
+        self.missing: list[Any] = [part for part in asked if part not in made]
         for part in asked:
             if part in made:
                 check_same(path, made[part], asked[part])

@@ -32,6 +32,10 @@ class RunTrainer(SAETrainer[Any, Any]):
             statistics; the first of them writes.
     """
 
+    n_training_steps: int
+    n_training_samples: int
+    act_freq_scores: Float[Tensor, "d_sae"]
+
     def __init__(
         self,
         cfg: SAETrainerConfig,
@@ -41,13 +45,14 @@ class RunTrainer(SAETrainer[Any, Any]):
         group: Any = None,
     ):
         super().__init__(cfg, sae, iter(()))
-        self.folder = Path(str(cfg.checkpoint_path))
+        self.folder: Path = Path(str(cfg.checkpoint_path))
         self.settings = settings
-        self.ahead = 0
+        self.ahead: int = 0
         """Batches to come that it has seen already."""
-        self.members, self.group = members, group
-        self.writes = len(members) == 1 or dist.get_rank() == members[0]
-        self.reads_input = layer_of(sae).reads_input
+        self.members: Sequence[int] = members
+        self.group: Any = group
+        self.writes: bool = len(members) == 1 or dist.get_rank() == members[0]
+        self.reads_input: bool = layer_of(sae).reads_input
         self.optimizer.param_groups[0]["fused"] = True  # the same Adam in a third of the time
         if len(members) > 1:
             for tensor in sae.state_dict().values():
@@ -134,6 +139,11 @@ class Lockstep(MultiSAETrainer):
         parts: by run, which of the batches it trains on.
         batches: from the one numbered ``first`` on.
     """
+
+    trainers: dict[str, SAETrainer[Any, Any]]
+    n_training_steps: int
+    n_training_samples: int
+    checkpoint_thresholds: list[int]
 
     def __init__(
         self,

@@ -1,5 +1,5 @@
-"""Run by an environment that has the package from a wheel or an sdist, and no checkout: what the
-package needs is there, and the README's example works. See `make package`."""
+"""Run by an environment that has the package from a wheel or an sdist, and no checkout: it has the
+checkout's files and no others, and the README's example works. See `make package`."""
 
 from __future__ import annotations
 
@@ -16,14 +16,21 @@ CHECKOUT = Path(__file__).parents[2]
 INSTALLED = Path(mxd_lens.__file__).parent
 
 
+def files_in(package: Path) -> dict[str, bytes]:
+    """What is in each file of the package."""
+    return {
+        str(path.relative_to(package)): path.read_bytes()
+        for path in package.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+
+
 def main() -> None:
     assert INSTALLED.is_relative_to(sys.prefix), f"{INSTALLED} is not in {sys.prefix}"
-    for path in sorted((CHECKOUT / "mxd_lens").rglob("*")):
-        name = path.relative_to(CHECKOUT / "mxd_lens")
-        if path.is_file() and "__pycache__" not in path.parts:
-            assert (INSTALLED / name).read_bytes() == path.read_bytes(), f"{name} is missing"
-    unwanted = [str(file) for file in files("mxd-lens") or [] if file.parts[0] == "tests"]
-    assert not unwanted, unwanted
+    installed, ours = files_in(INSTALLED), files_in(CHECKOUT / "mxd_lens")
+    assert installed == ours, sorted(name for name, _ in installed.items() ^ ours.items())
+    beside = {file.parts[0] for file in files("mxd-lens") or []} - {"mxd_lens", ".."}
+    assert all(name.endswith(".dist-info") for name in beside), beside
     command = Path(sys.prefix) / "bin" / "mxd-lens"
     subprocess.run([command, "--help"], check=True, stdout=subprocess.DEVNULL)
     for config in CONFIGS.glob("*.yaml"):

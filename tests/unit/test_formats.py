@@ -359,6 +359,7 @@ class TestSparsify:
         [
             ({"transcode": False}, "no transcoder of sparsify's with top-k .*transcode=False"),
             ({"activation": "groupmax"}, "activation='groupmax'"),
+            ({"gram_lookup": True}, "gram_lookup=True"),
             ({"k": 0}, "k=0: must be at least 1"),
             ({"k": 99}, r"sae\.safetensors: k=99 cannot be active"),
             ({"skip_connection": True}, r"sae\.safetensors lacks W_skip"),

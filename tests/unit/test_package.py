@@ -1,5 +1,6 @@
 """What goes into the wheel: `make package` installs one."""
 
+import re
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -9,6 +10,15 @@ import mxd_lens
 
 PACKAGE = Path(mxd_lens.__file__).parent
 PYPROJECT = (PACKAGE.parent / "pyproject.toml").read_text()
+
+
+def test_files_agree_on_the_version():
+    version = re.search(r'^version = "(.+)"$', PYPROJECT, re.MULTILINE)[1]
+    cited = yaml.safe_load((PACKAGE.parent / "CITATION.cff").read_text(encoding="utf-8"))
+    changelog = (PACKAGE.parent / "CHANGELOG.md").read_text(encoding="utf-8")
+    newest = re.search(r"^## \[(.+?)\]", changelog, re.MULTILINE)[1]
+    assert cited["version"] == version
+    assert newest in (version, "Unreleased")
 
 
 def test_what_is_not_python_is_package_data():

@@ -131,7 +131,7 @@ class LocalModel:
         sites |= {i: Site.at(model, i) for i in numbers if i not in sites}
         self.model = model
         site = next(iter(sites.values()))
-        self.tokens = site.on_model(tokens)
+        self.tokens: Int[Tensor, "pos"] = site.on_model(tokens)
         if not site.non_special(self.tokens).any():
             raise ValueError("this prompt holds special tokens only")
         hooks = model.hook_dict
@@ -145,7 +145,7 @@ class LocalModel:
         self.embedded: Float[Tensor, "pos d_model"] = cache[self._entry][0]
         # A norm of queries and keys acts on the pattern only; TransformerLens flattens its batch.
         self._frozen = {n: cache[n] for n in frozen if n in cache and len(cache[n]) == 1}
-        self.sites = {number: sites[number] for number in numbers}
+        self.sites: dict[int, Site] = {number: sites[number] for number in numbers}
         outputs: dict[int, Stream] = {}
 
         def output(number: int, x: Stream, y: Stream) -> Stream:
@@ -295,7 +295,8 @@ class Backward:
     """
 
     def __init__(self, local: LocalModel, batch: int):
-        self.local, self.batch = local, batch
+        self.local: LocalModel = local
+        self.batch: int = batch
 
         def leaf(value: Float[Tensor, "pos d_model"]) -> Stream:
             return value.repeat(batch, 1, 1).requires_grad_()
