@@ -50,10 +50,11 @@ const bestProbe = ({ layer, id }) => (layer.probesOf.get(id) || [null])[0];
 
 const own = new Layer("data", data, (id) => `#expert=${id}`), { experts, byId } = own;
 
+let theirs = null;
+
 /** The layer whose experts are beside them, null if there is none; it is read once it is needed. */
 const layerBeside = () => (theirs ??= find("beside")
   && new Layer("beside", JSON.parse(find("beside").textContent), (id) => `${own.link(selected())}&beside=${id}`));
-let theirs = null;
 
 /** All that is known of it. */
 const whole = async (expert) => {
@@ -247,7 +248,7 @@ function open(id) {
   else location.hash = own.link(id);
 }
 
-let opened = null; // the expert that is seen
+let opened = null; // the expert that is seen: where it stays, another of the other layer is asked for
 
 async function show() {
   const [id, beside] = address(), { hash } = location;
@@ -268,9 +269,9 @@ async function show() {
   const seen = (across && detail.querySelector("section + section")) || detail;
   if (within) seen.querySelector("h3")?.focus({ preventScroll: true });
   const narrow = matchMedia("(max-width: 700px)").matches;
-  const { top } = seen.getBoundingClientRect();
-  if (seen !== detail && (top < 0 || top > innerHeight / 2)) seen.scrollIntoView();
-  else if (seen === detail && (narrow || top < 0 || top > innerHeight / 2)) find(narrow ? "back" : "browser").scrollIntoView();
+  const { top } = seen.getBoundingClientRect(), far = top < 0 || top > innerHeight / 2;
+  if (seen !== detail && far) seen.scrollIntoView();
+  if (seen === detail && (narrow || far)) find(narrow ? "back" : "browser").scrollIntoView();
 }
 
 /** What is shown of an expert of a layer, or why it is not. */

@@ -354,7 +354,7 @@ def test_the_nearest_expert_of_another_layer_is_beside(two):
     assert right(two).get_attribute("aria-label") == f"layer 0: {made.HOSTILE}"
     assert texts(two, ".near li") == ["#4 pets 0.75", "#8 on “own” 0.13", "#11 0.063"]
     assert two.one(".near [aria-current]").get_property("textContent") == "#4 pets"
-    assert texts(two, "section + section .text") == [f" the cat↵ sat{made.HOSTILE} on"]
+    assert texts(two, ".pair > section + section .text") == [f" the cat↵ sat{made.HOSTILE} on"]
     assert left(two).rect["y"] == right(two).rect["y"]
     assert left(two).rect["x"] + left(two).rect["width"] <= right(two).rect["x"]
     assert abs(left(two).rect["width"] - right(two).rect["width"]) < 40
@@ -402,6 +402,23 @@ def test_links_to_an_expert_and_one_beside_it(two):
     two.wait(lambda: texts(two, "#detail section > p:last-child") == [nowhere])
     two.driver.get(f"{address}#expert=11")
     two.wait(lambda: texts(two, "#detail") == [nowhere])
+
+
+@pytest.fixture
+def two_large(driver, tmp_path, monkeypatch):
+    """The same, with what is known of the experts beside the page."""
+    monkeypatch.setattr("mxd_lens.report.experts.INLINE", 0)
+    page = write_report(made.write_pair(tmp_path / "pair"))
+    assert len([*page.parent.glob("report-experts-*")]) == 2
+    yield from opened(driver, page.as_uri())
+
+
+def test_shards_of_two_layers(two_large):
+    two_large.one("#option-2").click()
+    wait_for_both(two_large, "#2", "#4")
+    two_large.one("#option-0").click()
+    wait_for_both(two_large, "#0", "#1")
+    assert texts(two_large, ".pair > section + section .sample") == [made.HOSTILE]
 
 
 def test_two_layers_on_a_narrow_screen(two):
