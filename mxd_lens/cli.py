@@ -31,6 +31,7 @@ from mxd_lens.report.graph import write_graph_page
 from mxd_lens.report.page import (
     agreement_of,
     detection_of,
+    nearness_of,
     write_comparison_page,
     write_joint_page,
     write_report,
@@ -59,6 +60,7 @@ from mxd_lens.runs.exchange import ConvertConfig, ExportConfig, run_convert, run
 from mxd_lens.runs.finetune import FinetuneConfig, run_finetune
 from mxd_lens.runs.graph import GraphConfig, run_graph
 from mxd_lens.runs.results import (
+    Beside,
     Experts,
     Joint,
     Labels,
@@ -232,7 +234,9 @@ def show_conversion(cfg: ConvertConfig) -> None:
     print(*run_convert(cfg), sep="\n")
 
 
-def run_report(cfg: analyse.AnalysisConfig) -> None:
+def show_report(cfg: analyse.ReportConfig) -> None:
+    for path in analyse.run_beside(cfg):
+        print(f"\n{path}: {nearness_of(plain(read(path, Beside))['layers'][-1])}")
     for run in cfg.runs():
         print(write_report(Path(run.output)))
 
@@ -333,7 +337,7 @@ COMMANDS = {
     "label": (analyse.LabelsConfig, show_labels),
     "steer": (analyse.SteerConfig, show_steering),
     "graph": (GraphConfig, show_graph),
-    "report": (analyse.AnalysisConfig, run_report),
+    "report": (analyse.ReportConfig, show_report),
     "export": (ExportConfig, show_export),
     "convert": (ConvertConfig, show_conversion),
     "push": (PushConfig, run_push),

@@ -44,6 +44,7 @@ from mxd_lens.report.page import measured_rows, write_report
 from mxd_lens.runs.config import TrainConfig, finished_runs, folder_name
 from mxd_lens.runs.finetune import TUNED_FILENAME
 from mxd_lens.runs.results import (
+    Beside,
     Comparison,
     Experts,
     Joint,
@@ -78,6 +79,7 @@ _RESULTS: dict[str, Any] = {
     "results*.json": Row | Comparison,
     "joint*.json": Joint,
     "experts.json": Experts,
+    "beside.json": Beside,
     "labels.json": Labels,
     "probe.json": Probes,
     "steering.json": Steering,

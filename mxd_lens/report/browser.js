@@ -1,50 +1,67 @@
 const SPARE = 5; // rows of the list that are made beyond those that are seen, on both sides
 const BEFORE = 24, AFTER = 12; // tokens shown around the one that fires
 
-// What is known of an expert: a line of the page, and the rest in a shard that is read when it is opened
+/** The experts of a layer: of each a line of the page, and the rest in a shard that is read when it is opened. */
+class Layer {
+  shards = new Map(); // number: promise of its experts
+  probesOf = new Map(); // id: [{of: class, rank, n: features of the smallest probe, f1}]
 
-const experts = data.experts.map((
-  [id, name, density, mean, max, coherence, same_token, meaningful, agreement, top, promotes, label], i,
-) => ({ i, id, name, density, mean, max, coherence, same_token, meaningful, agreement, top, promotes, label }));
-const byId = new Map(experts.map((expert) => [expert.id, expert]));
-const probesOf = new Map(); // id: [{of: class, rank, n: features of the smallest probe, f1}]
-for (const of of data.classes) {
-  for (const [id, rank, n, f1] of of.experts) {
-    if (!probesOf.has(id)) probesOf.set(id, []);
-    probesOf.get(id).push({ of, rank, n, f1 });
+  /** name: id of its data in the page, from which those of its shards follow; link: address of an expert. */
+  constructor(name, data, link) {
+    Object.assign(this, { name, data, link });
+    this.experts = data.experts.map((
+      [id, name, density, mean, max, coherence, same_token, meaningful, agreement, top, promotes, label], i,
+    ) => ({
+      layer: this, i, id, name, density, mean, max, coherence, same_token, meaningful, agreement, top, promotes, label,
+    }));
+    this.byId = new Map(this.experts.map((expert) => [expert.id, expert]));
+    for (const of of data.classes) {
+      for (const [id, rank, n, f1] of of.experts) {
+        if (!this.probesOf.has(id)) this.probesOf.set(id, []);
+        this.probesOf.get(id).push({ of, rank, n, f1 });
+      }
+    }
+    for (const probes of this.probesOf.values()) probes.sort((a, b) => alone(b) - alone(a));
+  }
+
+  shard(n) {
+    const { name, data: { folder }, shards } = this;
+    if (!shards.has(n)) {
+      shards.set(n, folder === null
+        ? Promise.resolve(JSON.parse(find(`${name}-${n}`).textContent))
+        : new Promise((resolve, reject) => {
+          const script = el("script", { src: `${folder}/${n}.js` });
+          script.take = resolve;
+          script.addEventListener("error", () => { shards.delete(n); reject(new Error(script.src)); });
+          document.head.append(script);
+        }));
+    }
+    return shards.get(n);
   }
 }
-const alone = (probe) => probe.f1 - probe.n; // F1 is at most 1: fewest features first
-for (const probes of probesOf.values()) probes.sort((a, b) => alone(b) - alone(a));
-const bestProbe = ({ id }) => (probesOf.get(id) || [null])[0];
-
-const shards = new Map(); // number: promise of its experts
-const awaited = new Map(); // number: what to call with them
 
 /** What a script beside the page calls. */
 function take(number, rows) {
-  awaited.get(number)(rows);
+  document.currentScript.take(rows);
 }
 
-function shard(n) {
-  if (!shards.has(n)) {
-    shards.set(n, data.folder === null
-      ? Promise.resolve(JSON.parse(find(`shard-${n}`).textContent))
-      : new Promise((resolve, reject) => {
-        awaited.set(n, resolve);
-        const script = el("script", { src: `${data.folder}/${n}.js` });
-        script.addEventListener("error", () => { shards.delete(n); reject(new Error(script.src)); });
-        document.head.append(script);
-      }));
-  }
-  return shards.get(n);
-}
+const alone = (probe) => probe.f1 - probe.n; // F1 is at most 1: fewest features first
+const bestProbe = ({ layer, id }) => (layer.probesOf.get(id) || [null])[0];
+
+const own = new Layer("data", data, (id) => `#expert=${id}`), { experts, byId } = own;
+
+let theirs = null;
+
+/** The layer whose experts are beside them, null if there is none; it is read once it is needed. */
+const layerBeside = () => (theirs ??= find("beside")
+  && new Layer("beside", JSON.parse(find("beside").textContent), (id) => `${own.link(selected())}&beside=${id}`));
 
 /** All that is known of it. */
-const whole = async (expert) =>
-  ({ ...expert, ...(await shard(Math.floor(expert.i / data.shard)))[expert.i % data.shard] });
+const whole = async (expert) => {
+  const { shard: size } = expert.layer.data;
+  return { ...expert, ...(await expert.layer.shard(Math.floor(expert.i / size)))[expert.i % size] };
+};
 
-const nearby = ([text, position]) => data.texts[text].slice(Math.max(0, position - BEFORE), position + AFTER + 1);
 const isTop = (context) => context[3] === 1;
 
 // Search: name, promoted tokens, strongest contexts
@@ -189,9 +206,9 @@ function row(expert, i) {
 }
 
 /** Its name, or else what it fires on most strongly. */
-function nameOf({ name, top }) {
+function nameOf({ layer, name, top }) {
   if (name) return el("span", { class: "name" }, name);
-  const token = top.length ? data.texts[top[0]][top[1]] : "";
+  const token = top.length ? layer.data.texts[top[0]][top[1]] : "";
   return el("span", { class: "name none" }, "on “", ...visibleToken(token.trim() || token), "”");
 }
 
@@ -216,22 +233,25 @@ function moveTo(i) {
   list.setAttribute("aria-activedescendant", `option-${shown[active].id}`);
 }
 
-// The expert that is open is the one in the address: #expert=7, or as it was before, #expert-7.
+// The expert that is open is the one in the address, #expert=7, or as it was before, #expert-7; so is the one of the
+// other layer beside it, #expert=7&beside=3, where that is not the nearest.
 
-function selected() {
-  const found = /^#expert[=-](\d+)$/.exec(location.hash);
-  return found ? Number(found[1]) : null;
+function address() {
+  const found = /^#expert[=-](\d+)(?:&beside=(\d+))?$/.exec(location.hash) ?? [];
+  return [1, 2].map((i) => (found[i] === undefined ? null : Number(found[i])));
 }
 
-const link = (id) => `#expert=${id}`;
+const selected = () => address()[0];
 
 function open(id) {
   if (selected() === id) show();
-  else location.hash = link(id);
+  else location.hash = own.link(id);
 }
 
+let opened = null; // the expert that is seen: where it stays, another of the other layer is asked for
+
 async function show() {
-  const id = selected();
+  const [id, beside] = address(), { hash } = location;
   if (id === null) return drawRows(true);
   const expert = byId.get(id), detail = find("detail");
   const place = shown.indexOf(expert);
@@ -239,30 +259,51 @@ async function show() {
     active = place;
     reveal(place);
   } else drawRows(true);
-  let described = [el("p", {}, `Expert ${id} fired nowhere in these texts.`)];
-  if (expert) {
-    try {
-      described = describe(await whole(expert));
-    } catch {
-      const missing = `What is known of expert ${id} is in the folder ${data.folder} beside this page, and not there now.`;
-      described = [el("p", {}, `${missing} Load the page again if it has been made anew; else bring its folder along.`)];
-    }
-  }
-  if (selected() !== id) return;
-  const within = detail.contains(document.activeElement);
+  const described = await shownOf(own, id, (known) => (layerBeside() ? pair(known, beside) : describe(known)));
+  if (location.hash !== hash) return;
+  const within = detail.contains(document.activeElement), across = opened === id && beside !== null;
+  opened = id;
   detail.replaceChildren(...described);
   find("back").hidden = false;
-  const title = detail.querySelector("h3");
-  if (within && title) title.focus({ preventScroll: true });
+  find("across").hidden = !detail.querySelector(".pair");
+  const seen = (across && detail.querySelector("section + section")) || detail;
+  if (within) seen.querySelector("h3")?.focus({ preventScroll: true });
   const narrow = matchMedia("(max-width: 700px)").matches;
-  const { top } = detail.getBoundingClientRect();
-  if (narrow || top < 0 || top > innerHeight / 2) find(narrow ? "back" : "browser").scrollIntoView();
+  const { top } = seen.getBoundingClientRect(), far = top < 0 || top > innerHeight / 2;
+  if (seen !== detail && far) seen.scrollIntoView();
+  if (seen === detail && (narrow || far)) find(narrow ? "back" : "browser").scrollIntoView();
+}
+
+/** What is shown of an expert of a layer, or why it is not. */
+async function shownOf(layer, id, say = describe) {
+  const expert = layer.byId.get(id);
+  if (!expert) return [el("p", {}, `Expert ${id} fired nowhere in these texts.`)];
+  let known;
+  try {
+    known = await whole(expert);
+  } catch {
+    const missing = `What is known of expert ${id} is in the folder ${layer.data.folder} beside this page, and not there now.`;
+    return [el("p", {}, `${missing} Load the page again if it has been made anew; else bring its folder along.`)];
+  }
+  return say(known);
+}
+
+/** An expert and, in a second column, those of the other layer that are nearest, one of them open. */
+async function pair(expert, beside) {
+  const other = layerBeside(), id = beside ?? expert.beside[0]?.[0];
+  const column = (layer, ...children) => el("section", { "aria-label": layer.data.layer },
+    el("p", { class: "small" }, layer.data.layer), ...children);
+  const near = links(expert.beside, other, id) ?? el("p", {}, "None of its experts fires where this one does.");
+  return [el("div", { class: "pair" },
+    column(own, ...describe(expert)),
+    column(other, el("div", { class: "near" }, el("h4", {}, "Nearest by firing (Jaccard)"), near),
+      ...(id === undefined ? [] : await shownOf(other, id))))];
 }
 
 // One expert
 
 function describe(expert) {
-  const probes = probesOf.get(expert.id) || [];
+  const { layer } = expert, probes = layer.probesOf.get(expert.id) || [];
   const numbers = [
     ["fires on", `${percent(expert.density)} of tokens`],
     ["activation, mean", number(expert.mean)],
@@ -280,7 +321,7 @@ function describe(expert) {
     lower.get(context[3]).push(context);
   }
   return [
-    el("h3", { tabindex: "-1" }, el("a", { class: "id", href: link(expert.id), title: "Link to this expert" }, `#${expert.id}`), nameOf(expert), el("span", { class: "small" }, labelOf(expert) ?? "")),
+    el("h3", { tabindex: "-1" }, el("a", { class: "id", href: layer.link(expert.id), title: "Link to this expert" }, `#${expert.id}`), nameOf(expert), el("span", { class: "small" }, labelOf(expert) ?? "")),
     el("dl", { class: "numbers" }, ...numbers.map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, value)))),
     ...part("Strongest contexts", expert.contexts.filter(isTop).map((context) => contextRow(context, expert))),
     el("div", { class: "columns" },
@@ -288,8 +329,8 @@ function describe(expert) {
       column("Suppresses", tokens(expert.suppressed)),
       column("Activation where it fires", histogram(expert)),
       column("Probe classes that chose it", probes.length ? el("ul", {}, ...probes.map(probeRow)) : null),
-      column("Nearest by weights (cosine)", links(expert.nearest)),
-      column("Most often active with (Jaccard)", links(expert.coactive))),
+      column("Nearest by weights (cosine)", links(expert.nearest, layer)),
+      column("Most often active with (Jaccard)", links(expert.coactive, layer))),
     ...[...lower].flatMap(([quantile, contexts]) =>
       part(`Contexts at the ${number(quantile * 100)}% quantile of its activation`,
         contexts.map((context) => contextRow(context, expert)))),
@@ -302,7 +343,7 @@ const column = (title, child) => (child ? el("div", {}, el("h4", {}, title), chi
 
 function contextRow(context, expert) {
   const [text, position, value] = context;
-  const words = data.texts[text];
+  const words = expert.layer.data.texts[text];
   const share = expert.max > 0 ? Math.min(1, value / expert.max) : 0;
   const body = el("div", { class: "text", dir: "auto" });
   const button = el("button", { type: "button", "aria-label": "Whole text", title: "Whole text" }, "⋯");
@@ -320,14 +361,17 @@ function contextRow(context, expert) {
   };
   write(false);
   button.addEventListener("click", () => write(button.getAttribute("aria-expanded") === "false"));
-  const cut = nearby(context).length < words.length;
+  const cut = position > BEFORE || position + AFTER + 1 < words.length;
   return el("div", { class: "context" }, el("span", { class: "value" }, number(value)), body, cut ? button : null);
 }
 
-function links(others) {
+/** Experts of a layer and how near they are, that which is open marked. */
+function links(others, { byId, link }, open = null) {
   if (!others || !others.length) return null;
   return el("ul", {}, ...others.map(([id, value]) => el("li", {},
-    byId.has(id) ? el("a", { href: link(id) }, `#${id} `, nameOf(byId.get(id))) : `#${id}`,
+    byId.has(id)
+      ? el("a", { href: link(id), ...(id === open && { "aria-current": "true" }) }, `#${id} `, nameOf(byId.get(id)))
+      : `#${id}`,
     el("span", { class: "value" }, ` ${number(value, 2)}`))));
 }
 
@@ -424,6 +468,11 @@ list.addEventListener("keydown", (event) => {
 find("back").addEventListener("click", () => {
   find("controls").scrollIntoView();
   list.focus({ preventScroll: true });
+});
+find("across").addEventListener("click", () => {
+  const column = find("detail").querySelector("section + section");
+  column.scrollIntoView();
+  (column.querySelector("a") ?? column).focus({ preventScroll: true });
 });
 addEventListener("hashchange", show);
 find("browser").hidden = false;

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -48,14 +48,15 @@ class Browser:
     """The experts of one layer, for a page."""
 
     data: dict[str, Any]
-    """``texts``, ``tokens``, ``experts`` (lines), ``classes`` and ``shard``, the size of one."""
+    """``layer``, ``texts``, ``tokens``, ``experts`` (lines), ``classes`` and ``shard``, the size of
+    one."""
     shards: list[str]
     """JSON, in which no tag can begin, of the other fields of `SHARD` experts each."""
 
     @cached_property
-    def inline(self) -> bool:
-        """Whether the page holds the shards itself."""
-        return sum(len(shard.encode("utf-8", "replace")) for shard in self.shards) <= INLINE
+    def size(self) -> int:
+        """Bytes of the shards."""
+        return sum(len(shard.encode("utf-8", "replace")) for shard in self.shards)
 
     @cached_property
     def hash(self) -> str:
@@ -65,11 +66,9 @@ class Browser:
             digest.update(shard.encode("utf-8", "replace"))
         return digest.hexdigest()[:16]
 
-    def write_beside(self, page: Path) -> str | None:
-        """The name of the folder beside the page that has the shards, whole or not at all; None
-        if they are inline. OSError if it cannot be written."""
-        if self.inline:
-            return None
+    def write_beside(self, page: Path) -> str:
+        """The name of the folder beside the page that has the shards, whole or not at all; OSError
+        if it cannot be written."""
         folder = page.with_name(f"{page.stem}-experts-{self.hash}")
         if not folder.exists():
             with whole(folder) as unfinished:
@@ -77,6 +76,16 @@ class Browser:
                 for i, shard in enumerate(self.shards):
                     write_text(unfinished / f"{i}.js", f"take({i},{shard})\n")
         return folder.name
+
+
+def inline(browsers: Iterable[Browser]) -> bool:
+    """Whether the page of these holds their shards itself."""
+    return sum(browser.size for browser in browsers) <= INLINE
+
+
+def as_json(value: Any) -> str:
+    """JSON in which no tag can begin."""
+    return htmlsafe_json_dumps(value, json.dumps, **AS_JSON)
 
 
 def shards_beside(page: Path) -> dict[str, Path]:
@@ -88,10 +97,10 @@ def shards_beside(page: Path) -> dict[str, Path]:
     }
 
 
-def remove_others(page: Path, kept: str | None) -> None:
+def remove_others(page: Path, kept: Collection[str]) -> None:
     """Remove the folders of shards that earlier pages of this name have left."""
     for folder in _folders(page):
-        if folder.name != kept:
+        if folder.name not in kept:
             discard(folder)
 
 
@@ -104,10 +113,13 @@ def browser_of(
     experts: dict[str, Any],
     reads: Iterable[dict[str, Any]] = (),
     labels: dict[str, Any] | None = None,
+    beside: dict[str, Any] | None = None,
+    layer: str = "",
 ) -> Browser:
-    """What the page's script reads of an ``experts.json``, of the probes of its layer, and of its
-    ``labels.json``."""
+    """What the page's script reads of an ``experts.json``, of the probes of its layer, of its
+    ``labels.json``, and of another layer in its ``beside.json``; and the layer in words."""
     labelled = {row["id"]: [row["name"], row["f1"]] for row in (labels or {"labels": []})["labels"]}
+    near = {row["id"]: row["nearest"] for row in (beside or {"experts": []})["experts"]}
     promoted = (token for expert in experts["experts"] for token, _ in expert["promoted"] or ())
     tokens = {token: i for i, token in enumerate(dict.fromkeys(promoted))}
 
@@ -120,10 +132,11 @@ def browser_of(
     def rest(expert: dict[str, Any]) -> dict[str, Any]:
         contexts = [[context[name] for name in CONTEXT] for context in expert["contexts"]]
         others = {name: value for name, value in expert.items() if name not in LINE}
-        return others | {"contexts": contexts}
+        return others | {"contexts": contexts, "beside": near.get(expert["id"], [])}
 
     rows = experts["experts"]
     data = {
+        "layer": layer,
         "texts": experts["texts"],
         "tokens": [*tokens],
         "experts": [line(expert) for expert in rows],
@@ -131,7 +144,7 @@ def browser_of(
         "shard": SHARD,
     }
     parts = ([*map(rest, rows[i : i + SHARD])] for i in range(0, len(rows), SHARD))
-    return Browser(data, [htmlsafe_json_dumps(part, json.dumps, **AS_JSON) for part in parts])
+    return Browser(data, [as_json(part) for part in parts])
 
 
 def _chosen(reads: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

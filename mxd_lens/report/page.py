@@ -23,10 +23,18 @@ from torch import Tensor
 from mxd_lens.analysis.labels import detection_scores
 from mxd_lens.files import write_text
 from mxd_lens.report import figures, tables
-from mxd_lens.report.experts import AS_JSON, Browser, browser_of, remove_others
+from mxd_lens.report.experts import (
+    AS_JSON,
+    Browser,
+    as_json,
+    browser_of,
+    inline,
+    remove_others,
+)
 from mxd_lens.report.tables import Table, layer_label, method_label
 from mxd_lens.runs.config import COMPARISON_FILENAME
 from mxd_lens.runs.results import (
+    Beside,
     Experts,
     Joint,
     Labels,
@@ -69,7 +77,7 @@ def write_comparison_page(results: Path) -> None:
         described=described,
         experts=experts,
         labels=labels,
-        browser=browser_of(experts, labels=labels) if experts else None,
+        browsers={"data": browser_of(experts, labels=labels)} if experts else {},
     )
 
 
@@ -120,6 +128,10 @@ def write_report(run: Path) -> Path:
     reads = [of_probe for of_probe in rows if tuple(of_probe[name] for name in who) == this]
     scores = _scores(probed, row["k"])
     steered = _read_all(alike, "steering.json", Steering)
+    beside, browsers = _beside(run, experts)
+    if experts:
+        of_row = f"layer {row['hook_layer']}: {layer_label(row)}, seed {row['seed']}"
+        browsers["data"] = browser_of(experts, reads, labels, beside, of_row)
     path = run / "report.html"
     _write(
         path,
@@ -136,7 +148,8 @@ def write_report(run: Path) -> Path:
         steered_this=(run / "steering.json").exists(),
         experts=experts,
         labels=labels,
-        browser=browser_of(experts, reads, labels) if experts else None,
+        beside=beside,
+        browsers=browsers,
     )
     return path
 
@@ -175,18 +188,44 @@ def detection_of(labels: dict[str, Any]) -> str:
     )
 
 
+def nearness_of(beside: dict[str, Any]) -> str:
+    """How near the experts of a layer in ``beside.json`` are, in a sentence."""
+    return (
+        f"Beside each are those of {beside['label']} that fire on the same tokens. The nearest "
+        "one's Jaccard index, tokens on which both fire over tokens on which either does, is "
+        f"{beside['jaccard']:.2f} on average (by chance, with the other layer's firings moved on "
+        f"by half of the text: {beside['jaccard_by_chance']:.2f})."
+    )
+
+
 def _write(
-    path: Path, template: str, row: dict[str, Any], *, browser: Browser | None = None, **parts: Any
+    path: Path,
+    template: str,
+    row: dict[str, Any],
+    *,
+    browsers: dict[str, Browser] | None = None,
+    **parts: Any,
 ) -> None:
-    """Render a template: a page about one layer, unless it says ``everything`` of several."""
+    """Render a template: a page about one layer, unless it says ``everything`` of several.
+
+    Args:
+        browsers: ``data``, if there is one, and ``beside``, the layer whose experts are shown
+            beside those.
+    """
+    browsers = browsers or {}
     of_one = {} if "numbers" in parts else _of_one_layer(row)
-    beside = browser and browser.write_beside(path)
-    browsed: dict[str, Any] = {"data": None}
-    if browser:
-        browsed["data"] = browser.data | {"folder": beside}
-        browsed["shards"] = browser.shards if browser.inline else []
-    write_page(path, template, **{"row": row} | of_one | browsed | {"beside": beside} | parts)
-    remove_others(path, beside)
+    within = inline(browsers.values())
+    folders = {} if within else {name: of.write_beside(path) for name, of in browsers.items()}
+    data = {name: of.data | {"folder": folders.get(name)} for name, of in browsers.items()}
+    scripts = {
+        f"{name}-{i}": shard
+        for name, of in browsers.items()
+        for i, shard in enumerate(of.shards if within else [])
+    }
+    scripts |= {name: as_json(lines) for name, lines in data.items() if name != "data"}
+    browsed = {"data": data.get("data"), "scripts": scripts, "folders": [*folders.values()]}
+    write_page(path, template, **{"row": row} | of_one | browsed | parts)
+    remove_others(path, folders.values())
 
 
 def write_page(path: Path, template: str, **parts: Any) -> None:
@@ -228,6 +267,7 @@ _PAGES.filters["plot"] = _plot
 _PAGES.globals |= {
     "agreement_of": agreement_of,
     "detection_of": detection_of,
+    "nearness_of": nearness_of,
     "layer_label": layer_label,
 }
 
@@ -316,6 +356,23 @@ def _described(
     row, path = runs[0]
     label = f"{layer_label(row)}, seed {row['seed']}"
     return label, _read(path, Experts), _read(path.with_name("labels.json"), Labels)
+
+
+def _beside(
+    run: Path, experts: dict[str, Any] | None
+) -> tuple[dict[str, Any] | None, dict[str, Browser]]:
+    """The layer in a run's ``beside.json`` that was asked for last, and a browser of its experts,
+    unless these are not there, or either layer's were described on another text since."""
+    found = _read(run / "beside.json", Beside)
+    if found is None or experts is None:
+        return None, {}
+    beside = found["layers"][-1]
+    folder = run / beside["run"]
+    theirs = _read(folder / "experts.json", Experts)
+    if theirs is None or not all(beside["text"].items() <= of.items() for of in (experts, theirs)):
+        return beside, {}
+    labels = _read(folder / "labels.json", Labels)
+    return beside, {"beside": browser_of(theirs, labels=labels, layer=beside["label"])}
 
 
 # Probes and steering

@@ -30,8 +30,15 @@ from tqdm.auto import tqdm
 
 from mxd_lens.analysis.chat import ChatModel, LocalChat
 from mxd_lens.analysis.embedding import embed
-from mxd_lens.analysis.experts.corpus import N_TOP, read_corpus, read_firings
+from mxd_lens.analysis.experts.corpus import (
+    N_TOP,
+    Corpus,
+    Firings,
+    read_corpus,
+    read_firings,
+)
 from mxd_lens.analysis.experts.effects import short
+from mxd_lens.analysis.experts.nearest import coactive, coactive_by_chance, mean_best
 from mxd_lens.analysis.experts.report import inspect_experts
 from mxd_lens.analysis.labels import (
     ChatDetector,
@@ -84,10 +91,7 @@ from mxd_lens.runs.results import Parts, ResultsFile, load_layer, read_layer_fil
 
 @config
 class AnalysisConfig:
-    """Put all that is known of a run on one page, with a browser of its experts.
-
-    Example: mxd-lens report runs/demo/layer6-mxd-k32-seed0
-    """
+    """What finished layers to analyse."""
 
     run: PathStr = argument(positional=True, metavar="RUN")
     """Output folder of `mxd-lens train`, or of `mxd-lens compare`: all of its layers."""
@@ -378,10 +382,7 @@ def run_label(cfg: LabelsConfig) -> list[Path]:
     described: dict[str, results.Experts] = {}
 
     def asked(run: TrainConfig) -> Parts:
-        path = Path(run.output) / "experts.json"
-        found = results.read(path, results.Experts)
-        if found is None:
-            raise ValueError(f"there is no {path}: run `mxd-lens experts {run.output}` first")
+        path, found = _described(run)
         described[run.output] = found
         ids = _in_random_order(found, cfg.seed)[: cfg.n_experts]
         if len(ids) < 2:
@@ -398,12 +399,10 @@ def run_label(cfg: LabelsConfig) -> list[Path]:
             found = described[run.output]
             order = _in_random_order(found, cfg.seed)
             site = site or _load_site(run)
-            sae = load_layer(run.layer_path, run.device)
             n_tokens = found.n_tokens + cfg.n_tokens
             texts = _described_text(run, found)
             corpus = read_corpus(site, texts, n_tokens, run.context_size).after(found.n_tokens)
-            reading = values(run, ("lm_batch_size", "autocast"))
-            firings = read_firings(site, sae, corpus, **reading)
+            firings = _firings(site.model, run, corpus)
             contexts = heldout_contexts(missing, firings, corpus, cfg.seed)
             if cfg.chat is not None:
                 chat = chat or LocalChat(load_model(cfg.chat, device=run.device))
@@ -434,6 +433,15 @@ def run_label(cfg: LabelsConfig) -> list[Path]:
         return [file.path for _, file in files]
 
 
+def _described(run: TrainConfig) -> tuple[Path, results.Experts]:
+    """A run's ``experts.json``, and what it says; ValueError if there is none."""
+    path = Path(run.output) / "experts.json"
+    found = results.read(path, results.Experts)
+    if found is None:
+        raise ValueError(f"there is no {path}: run `mxd-lens experts {run.output}` first")
+    return path, found
+
+
 def _contexts_of(found: results.Experts) -> dict[str, Any]:
     """What labels depend on beside their own settings."""
     return {"experts": found.asked.get("contexts", {})}
@@ -457,6 +465,13 @@ def _described_text(run: TrainConfig, found: results.Experts) -> Text:
     source = how["dataset"], how["dataset_split"], how["text_column"], how["streaming"]
     check_same(Path(run.output) / "experts.json", how, _of_local(*source[:2]))
     return load_text(*source)
+
+
+def _firings(model: Any, run: TrainConfig, corpus: Corpus) -> Firings:
+    """When the experts of a run's layer fire."""
+    sae = load_layer(run.layer_path, run.device)
+    reading = values(run, ("lm_batch_size", "autocast"))
+    return read_firings(Site.of(model, sae), sae, corpus, **reading)
 
 
 def _namer_and_detector(
@@ -500,6 +515,94 @@ def _named(
 
 def _short(score: float | None) -> float | None:
     return None if score is None else short(score)
+
+
+@config
+class ReportConfig(AnalysisConfig):
+    """Put all that is known of a run on one page, with a browser of its experts.
+
+    Example: mxd-lens report runs/demo/layer6-mxd-k32-seed0
+    """
+
+    beside: PathStr | None = None
+    """Folder of another run: with each expert, those of its layer that fire on the same tokens."""
+
+
+def run_beside(cfg: ReportConfig) -> list[Path]:
+    """Find for each expert the ones of the layer ``cfg.beside`` that fire on the same tokens, see
+    `coactive`, of the text that both layers were described on.
+
+    The layers may be of any architectures with experts, and in place of any MLPs of the model.
+
+    Returns:
+        ``beside.json`` in each run's folder, a `Beside`; none if there is no ``cfg.beside``. Other
+        layers that it has are kept.
+
+    Raises:
+        ValueError: no such layers, the layer itself, experts that were not described or not on the
+            same text, or a file made on another text.
+    """
+    if cfg.beside is None:
+        return []
+    other, *more = finished_runs(Path(cfg.beside))
+    if more:
+        raise ValueError(f"beside={cfg.beside!r} holds several layers: name a folder in it")
+    if not (kind := answers(other.architecture)).has_experts:
+        raise ValueError(f"beside={cfg.beside!r} is a {kind.label} without experts: name another")
+    their_path, theirs = _described(other)
+
+    def from_here(run: TrainConfig) -> str:
+        here, there = (Path(of.output).resolve() for of in (run, other))
+        return Path(os.path.relpath(there, here)).as_posix()
+
+    def asked(run: TrainConfig) -> Parts:
+        path, found = _described(run)
+        if from_here(run) == ".":
+            raise ValueError(f"beside={cfg.beside!r} is one of the layers itself: name another")
+        different = [name for name, value in theirs.text.items() if found.text[name] != value]
+        if different:
+            own, their = (
+                ", ".join(f"{name}={of.text[name]!r}" for name in different)
+                for of in (found, theirs)
+            )
+            raise ValueError(
+                f"{path} says {own}, and {their_path} {their}: run `mxd-lens experts` on both "
+                "with the same model, --dataset and --n_tokens"
+            )
+        return {from_here(run): theirs.text}
+
+    with _files(cfg, "beside.json", results.Beside, asked) as files:
+        missing = [(run, file) for run, file in files if file.missing]
+        if missing:
+            site = _load_site(other)
+            check_sources([run for run, _ in missing], site.model)
+            texts = _described_text(other, theirs)
+            corpus = read_corpus(site, texts, theirs.n_tokens, other.context_size)
+            others = _firings(site.model, other, corpus)
+            for run, file in missing:
+                print(f"\n{run}", flush=True)
+                firings, n_tokens = _firings(site.model, run, corpus), len(corpus.ids)
+                found = coactive(firings, n_tokens, others=others)
+                by_chance = coactive_by_chance(firings, n_tokens, others)
+                near = zip(firings.live.tolist(), found, strict=True)
+                layer = results.OtherLayer(
+                    run=from_here(run),
+                    label=f"{other}",
+                    text=theirs.text,
+                    jaccard=short(mean_best(found)),
+                    jaccard_by_chance=short(by_chance),
+                    experts=[
+                        results.Nearest(id=expert, nearest=[(i, short(score)) for i, score in of])
+                        for expert, of in near
+                    ],
+                )
+                before = file.value.layers if file.value else []
+                file.save(results.Beside(layers=[*before, layer]))
+        for run, file in files:  # the one asked for last is the last
+            layers = sorted(file.value.layers, key=lambda layer: layer.run == from_here(run))
+            if layers != file.value.layers:
+                file.save(results.Beside(layers=layers))
+        return [file.path for _, file in files]
 
 
 _STRENGTHS = [0.5, 1.0, 2.0, 4.0]

@@ -298,6 +298,45 @@ class Experts:
             made["samples"] = {"top_p": None} | made["samples"]
         return made
 
+    @property
+    def text(self) -> dict[str, Any]:
+        """Which text they fired on, read by which model."""
+        return {name: getattr(self, name) for name in ("model_name", "dataset", "n_tokens")}
+
+
+@result
+class Nearest:
+    """The experts of another layer that are most often active on the same tokens as an expert, ids
+    and Jaccard indices, see `coactive`."""
+
+    id: int
+    nearest: list[tuple[int, float]]
+
+
+@result
+class OtherLayer:
+    """A layer whose experts are beside a run's: the run's folder, from the one that this is in,
+    the layer in words, the ``text`` that both read, and means of the experts' best Jaccard index,
+    measured and by chance, see `coactive_by_chance`."""
+
+    run: str
+    label: str
+    text: dict[str, Any]
+    jaccard: float
+    jaccard_by_chance: float
+    experts: list[Nearest]
+
+
+@result
+class Beside:
+    """beside.json, see `mxd_lens.runs.analyse.run_beside`: of the layers, the last is the one that
+    was asked for last, which the report shows."""
+
+    layers: Annotated[list[OtherLayer], Field(min_length=1)]
+
+    def parts(self) -> Parts:
+        return {layer.run: layer.text for layer in self.layers}
+
 
 @result
 class Label:

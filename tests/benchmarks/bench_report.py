@@ -1,29 +1,39 @@
-"""The page of a layer with 30,000 experts in Chromium: seconds to open, to filter, to click.
+"""The page of a layer with 30,000 experts: seconds that `mxd-lens report` takes to write it, and
+in Chromium to open, to filter, to click; the same with another layer's as many experts beside them.
 
     python -m tests.benchmarks.bench_report [n_experts] [screenshots, a folder]
 
 The experts are made up, each as large as one of a real layer: 16 contexts in 800 texts of 127
-tokens, 8 tokens promoted and 8 suppressed, 5 + 5 experts like it, a steered sample.
+tokens, 8 tokens promoted and 8 suppressed, 5 + 5 experts like it, a steered sample. So are the
+firings by which those of the other layer are found: 32 experts of each at each token.
 """
 
 from __future__ import annotations
 
+import io
 import random
 import shutil
 import sys
 import time
+from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 from selenium import webdriver
 
 from mxd_lens.analysis.experts.contexts import QUANTILES
-from mxd_lens.report.page import write_report
+from mxd_lens.analysis.experts.corpus import Firings
+from mxd_lens.analysis.experts.effects import short
+from mxd_lens.analysis.experts.nearest import coactive
+from mxd_lens.cli import main as mxd_lens
+from mxd_lens.runs.results import Beside, Nearest, OtherLayer, write
 from tests.helpers import write_run
 from tests.unit.test_report import EXPERTS, context, expert
 
-N_TEXTS, N_TOKENS = 800, 127
+N_TEXTS, N_TOKENS, K = 800, 127, 32
 LIMIT = 2.0
 
 
@@ -34,9 +44,9 @@ def words(n: int, draw: random.Random) -> list[str]:
     return [f" {word}" if draw.random() < 0.8 else word for word in made]
 
 
-def made_up(n_experts: int) -> dict[str, Any]:
+def made_up(n_experts: int, seed: int = 0) -> dict[str, Any]:
     """As experts.json has it."""
-    draw = random.Random(0)
+    draw = random.Random(seed)
     vocabulary = words(49_152, draw)
 
     def tokens() -> list[list[Any]]:
@@ -76,6 +86,48 @@ def made_up(n_experts: int) -> dict[str, Any]:
     return EXPERTS | sizes | {"texts": texts, "experts": experts}
 
 
+def fire(n_experts: int, seed: int) -> Firings:
+    """Some experts far more often than others."""
+    rng = np.random.default_rng(seed)
+    often = np.arange(1, n_experts + 1) ** -0.5
+    n = N_TEXTS * N_TOKENS
+    expert = rng.choice(n_experts, (n, K), p=often / often.sum()).astype(np.int32)
+    expert.sort()
+    once = np.diff(expert, prepend=-1) > 0
+    token = np.repeat(np.arange(n, dtype=np.int32), K).reshape(n, K)
+    return Firings.sort(expert[once], token[once], rng.random(once.sum(), np.float32))
+
+
+def beside(experts: dict[str, Any]) -> OtherLayer:
+    """A layer of as many experts, as beside.json has it."""
+    n = experts["d_sae"]
+    firings, others = fire(n, 1), fire(n, 2)
+    found = timed(
+        f"nearest of {n:,} experts to {n:,}",
+        lambda: coactive(firings, experts["n_tokens"], others=others),
+    )
+    near = [[(i, short(score)) for i, score in of] for of in found]
+    return OtherLayer(
+        run="../other",
+        label="another layer",
+        text={name: experts[name] for name in ("model_name", "dataset", "n_tokens")},
+        jaccard=0.5,
+        jaccard_by_chance=0.5,
+        experts=[
+            Nearest(id=i, nearest=of) for i, of in zip(firings.live.tolist(), near, strict=True)
+        ],
+    )
+
+
+def timed(what: str, work: Callable[[], Any]) -> Any:
+    """What it returns, after saying which seconds passed and were computed."""
+    passed, computed = time.perf_counter(), time.process_time()
+    made = work()
+    passed, computed = time.perf_counter() - passed, time.process_time() - computed
+    print(f"  {what:<36} {passed:8.2f} {computed:8.2f}", flush=True)
+    return made
+
+
 def open_browser() -> webdriver.Chrome:
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium") or ""
@@ -96,6 +148,7 @@ act();
   else setTimeout(look, 5);
 })();
 """
+FEWER = "!document.getElementById('status').textContent.startsWith(({n}).toLocaleString('en'))"
 STEPS = {
     "filter by a word": (
         "const s = document.getElementById('search'); s.value = 'karen'; "
@@ -111,6 +164,24 @@ STEPS = {
         "const s = document.getElementById('search'); s.value = ''; "
         "s.dispatchEvent(new Event('input'))",
         "true",
+    ),
+    "filter by a number": (
+        "const f = document.getElementById('least-coherence'); f.value = '0.5'; "
+        "f.dispatchEvent(new Event('input', {bubbles: true}))",
+        FEWER,
+    ),
+    "by another, too": (
+        "const f = document.getElementById('most-density'); f.value = '1'; "
+        "f.dispatchEvent(new Event('input', {bubbles: true}))",
+        FEWER,
+    ),
+    "and meaningful": (
+        "document.getElementById('meaningful').click()",
+        FEWER,
+    ),
+    "no filter": (
+        "document.querySelector('#filters form').reset()",
+        f"!({FEWER})",
     ),
     "sort": (
         "const o = document.getElementById('order'); o.value = 'density'; "
@@ -132,6 +203,23 @@ STEPS = {
     ),
 }
 """What is done, and by what one sees that it is."""
+STEPS_BESIDE = {
+    "click, the first": (
+        "document.querySelectorAll('[role=option]')[3].click()",
+        "document.querySelectorAll('#detail .context').length == 32",
+    ),
+    "click another": (
+        "location.hash = '#expert=' + 17000 % {n}",
+        "document.querySelector('#detail h3').textContent.startsWith('#' + 17000 % {n}) && "
+        "document.querySelectorAll('#detail .context').length == 32",
+    ),
+    "another of the other's": (
+        "document.querySelectorAll('.near a')[3].click()",
+        "document.querySelectorAll('.near a')[3].getAttribute('aria-current') && "
+        "document.querySelectorAll('#detail .context').length == 32",
+    ),
+}
+"""The same with another layer's experts beside them."""
 
 
 class Clock:
@@ -153,16 +241,17 @@ class Clock:
         passed = passed or time.perf_counter() - self.passed
         late = "  too long" if passed > LIMIT else ""
         print(
-            f"  {what:<24} {passed:8.2f} {self._computed() - self.computed:8.2f}{late}", flush=True
+            f"  {what:<36} {passed:8.2f} {self._computed() - self.computed:8.2f}{late}", flush=True
         )
 
 
-def measure(page: Path, n_experts: int, screenshots: Path | None) -> None:
+def measure(
+    page: Path, n_experts: int, steps: dict[str, tuple[str, str]], screenshots: Path | None
+) -> None:
     with open_browser() as driver:
         driver.set_window_size(1300, 1000)
         driver.get("about:blank")
         clock = Clock(driver)
-        print(f"  {'seconds':<24} {'passed':>8} {'computed':>8}")
         driver.get(page.as_uri())
         while not driver.find_elements("css selector", "[role=option]"):
             time.sleep(0.01)
@@ -170,7 +259,7 @@ def measure(page: Path, n_experts: int, screenshots: Path | None) -> None:
         while driver.execute_script("return document.readyState") != "complete":
             time.sleep(0.01)
         clock.say("open, figures as well")
-        for what, (act, done) in STEPS.items():
+        for what, (act, done) in steps.items():
             script = [part.replace("{n}", str(n_experts)) for part in (act, done)]
             clock.start()
             driver.execute_script(ACT, *script)
@@ -183,23 +272,38 @@ def measure(page: Path, n_experts: int, screenshots: Path | None) -> None:
         heap = driver.execute_script("return performance.memory.usedJSHeapSize") / 1e6
         print(f"  {nodes:,} elements, {heap:,.0f} MB of JavaScript's")
         if screenshots:
-            driver.save_screenshot(str(screenshots / f"experts-{n_experts}.png"))
+            driver.save_screenshot(str(screenshots / f"{page.parent.name}-{n_experts}.png"))
+
+
+def report(run: Path) -> Path:
+    """The page, as the command writes it."""
+
+    def command() -> None:
+        with redirect_stdout(io.StringIO()):
+            mxd_lens(["report", str(run)])
+
+    timed("mxd-lens report", command)
+    page, file = run / "report.html", run / "experts.json"
+    beside = sum(path.stat().st_size for path in run.glob("report-*/*")) / 1e6
+    print(
+        f"  {file.stat().st_size / 1e6:.0f} MB of experts.json, a page of "
+        f"{page.stat().st_size / 1e6:.0f} MB and {beside:.0f} MB beside it",
+        flush=True,
+    )
+    return page
 
 
 def main(n_experts: int, screenshots: Path | None = None) -> None:
     with TemporaryDirectory() as folder:
-        run = write_run(Path(folder) / "run", experts=made_up(n_experts))
-        file = run / "experts.json"
-        start = time.perf_counter()
-        page = write_report(run)
-        beside = sum(path.stat().st_size for path in run.glob("report-*/*")) / 1e6
-        print(
-            f"{n_experts:,} experts: {file.stat().st_size / 1e6:.0f} MB of experts.json, a page of "
-            f"{page.stat().st_size / 1e6:.0f} MB and {beside:.0f} MB beside it, written in "
-            f"{time.perf_counter() - start:.1f} s",
-            flush=True,
-        )
-        measure(page, n_experts, screenshots)
+        experts = made_up(n_experts)
+        run = write_run(Path(folder) / "one", experts=experts)
+        print(f"{f'{n_experts:,} experts; seconds':<38} {'passed':>8} {'computed':>8}")
+        measure(report(run), n_experts, STEPS, screenshots)
+        print("as many of another layer beside them")
+        run = run.rename(run.with_name("two"))
+        write_run(run.with_name("other"), "topk_transcoder", experts=made_up(n_experts, seed=1))
+        write(run / "beside.json", Beside(layers=[beside(experts)]))
+        measure(report(run), n_experts, STEPS_BESIDE, screenshots)
 
 
 if __name__ == "__main__":

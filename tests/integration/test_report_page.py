@@ -315,6 +315,129 @@ def test_a_narrow_screen(page):
 
 
 @pytest.fixture
+def two(driver, tmp_path):
+    """A page that has another layer's experts beside its own."""
+    yield from opened(driver, write_report(made.write_pair(tmp_path / "pair")).as_uri())
+
+
+def left(page):
+    return page.all("#detail section")[0]
+
+
+def right(page):
+    return page.all("#detail section")[1]
+
+
+def texts(page, selector):
+    """Of all of these at one time: they are made anew when another expert is opened."""
+    script = "return [...document.querySelectorAll(arguments[0])].map((node) => node.textContent)"
+    return page.driver.execute_script(script, selector)
+
+
+def titles(page):
+    """Of the experts that are open."""
+    return texts(page, "#detail h3")
+
+
+def wait_for_both(page, own, other):
+    def both():
+        found = titles(page)
+        return len(found) == 2 and found[0].startswith(own) and found[1].startswith(other)
+
+    page.wait(both)
+
+
+def test_the_nearest_expert_of_another_layer_is_beside(two):
+    two.one("#option-2").click()
+    wait_for_both(two, "#2animals", "#4pets")
+    assert "felines, too · detection F1 0.75" in titles(two)[1]
+    assert right(two).get_attribute("aria-label") == f"layer 0: {made.HOSTILE}"
+    assert texts(two, ".near li") == ["#4 pets 0.75", "#8 on “own” 0.13", "#11 0.063"]
+    assert two.one(".near [aria-current]").get_property("textContent") == "#4 pets"
+    assert texts(two, ".pair > section + section .text") == [f" the cat↵ sat{made.HOSTILE} on"]
+    assert left(two).rect["y"] == right(two).rect["y"]
+    assert left(two).rect["x"] + left(two).rect["width"] <= right(two).rect["x"]
+    assert abs(left(two).rect["width"] - right(two).rect["width"]) < 40
+    two.one("#option-7").click()
+    nothing = "None of its experts fires where this one does."
+    two.wait(lambda: texts(two, ".near p") == [nothing])
+
+
+def test_going_through_the_other_layers_experts(two):
+    """By the keyboard: a link, the one it leads to, and back."""
+    two.one("#option-2").click()
+    wait_for_both(two, "#2", "#4")
+    two.all(".near a")[1].send_keys("\ue007")  # Enter
+    wait_for_both(two, "#2", "#8")
+    assert two.driver.current_url.endswith("#expert=2&beside=8")
+    assert two.driver.switch_to.active_element == two.all("#detail h3")[1]
+    assert two.one(".near [aria-current]").get_property("textContent").startswith("#8")
+    two.driver.back()
+    wait_for_both(two, "#2", "#4")
+    by_weights = right(two).find_elements("css selector", ".columns a")
+    assert [link.get_attribute("href").split("#")[1] for link in by_weights] == [
+        "expert=2&beside=8"
+    ]
+    by_weights[0].click()
+    wait_for_both(two, "#2", "#8")
+    left(two).find_elements("css selector", ".columns a")[0].click()  # of its own layer
+    two.wait(lambda: titles(two)[0].startswith("#7"))
+    assert two.driver.current_url.endswith("#expert=7")
+    assert two.one("[aria-selected=true]").get_attribute("id") == "option-7"
+
+
+def test_links_to_an_expert_and_one_beside_it(two):
+    address = two.driver.current_url
+    for where, own, other in [
+        ("#expert=2", "#2", "#4"),
+        ("#expert=0&beside=8", "#0", "#8"),
+        ("#expert=0", "#0", "#1"),
+    ]:
+        two.driver.get("about:blank")
+        two.driver.get(f"{address}{where}")
+        wait_for_both(two, own, other)
+    assert right(two).find_element("css selector", ".sample").text.startswith("</script>")
+    two.driver.get(f"{address}#expert=2&beside=11")
+    nowhere = "Expert 11 fired nowhere in these texts."
+    two.wait(lambda: texts(two, "#detail section > p:last-child") == [nowhere])
+    two.driver.get(f"{address}#expert=11")
+    two.wait(lambda: texts(two, "#detail") == [nowhere])
+
+
+@pytest.fixture
+def two_large(driver, tmp_path, monkeypatch):
+    """The same, with what is known of the experts beside the page."""
+    monkeypatch.setattr("mxd_lens.report.experts.INLINE", 0)
+    page = write_report(made.write_pair(tmp_path / "pair"))
+    assert len([*page.parent.glob("report-experts-*")]) == 2
+    yield from opened(driver, page.as_uri())
+
+
+def test_shards_of_two_layers(two_large):
+    two_large.one("#option-2").click()
+    wait_for_both(two_large, "#2", "#4")
+    two_large.one("#option-0").click()
+    wait_for_both(two_large, "#0", "#1")
+    assert texts(two_large, ".pair > section + section .sample") == [made.HOSTILE]
+
+
+def test_two_layers_on_a_narrow_screen(two):
+    assert two.fits(400)
+    two.one("#option-2").click()
+    wait_for_both(two, "#2", "#4")
+    assert two.fits(400) and two.fits(800)
+    assert right(two).rect["y"] >= left(two).rect["y"] + left(two).rect["height"]
+    two.one("#across").click()
+    top = "return arguments[0].getBoundingClientRect().top"
+    two.wait(lambda: 0 <= two.driver.execute_script(top, right(two)) < 100)
+    assert two.driver.switch_to.active_element == two.all(".near a")[0]
+    two.all(".near a")[1].click()
+    wait_for_both(two, "#2", "#8")
+    two.wait(lambda: 0 <= two.driver.execute_script(top, right(two)) < 400)
+    assert two.fits(1200) and not two.one("#across").is_displayed()
+
+
+@pytest.fixture
 def many(driver, tmp_path, monkeypatch):
     """3,000 experts, with what is known of them beside the page."""
     monkeypatch.setattr("mxd_lens.report.experts.INLINE", 0)

@@ -4,6 +4,7 @@ import json
 import shutil
 import zlib
 
+import numpy as np
 import pytest
 import torch
 from sae_lens.constants import SPARSITY_FILENAME
@@ -14,23 +15,27 @@ from mxd_lens.analysis.probing import pool_layer, probe
 from mxd_lens.cli import main
 from mxd_lens.data.labelled import load_labelled
 from mxd_lens.data.reading import text_activations
+from mxd_lens.data.text import split_documents
 from mxd_lens.models.site import Site
 from mxd_lens.runs.analyse import (
     ExpertsConfig,
     LabelsConfig,
     ProbeConfig,
+    ReportConfig,
     SteerConfig,
     probe_table,
     random_units,
+    run_beside,
     run_experts,
     run_label,
     run_probe,
     run_steer,
     steering_table,
 )
+from mxd_lens.runs.results import load_layer
 from mxd_lens.runs.train import train
 
-from ..helpers import ANALYSES
+from ..helpers import ANALYSES, ROW
 
 
 @pytest.fixture
@@ -307,6 +312,131 @@ class TestLabel:
         (run / "experts.json").unlink()
         with pytest.raises(ValueError, match=r"no .*run/experts.json: run `mxd-lens experts"):
             run_label(config)
+
+
+class TestBeside:
+    """Layers of different architectures at different depths, an SAE of the MLP's output too."""
+
+    WHERE = {"mxd": 1, "topk_transcoder": 0, "topk": 1}
+
+    @pytest.fixture
+    def layers(self, llama_folder, text, make_config, tmp_path, offline):
+        for name, layer in self.WHERE.items():
+            common = {"model": str(llama_folder), "dataset": text, "training_tokens": 64}
+            output = str(tmp_path / name)
+            train(make_config(architecture=name, layer=layer, output=output, **common))
+            (tmp_path / name / "results.json").write_text(
+                json.dumps({"version": 3} | ROW | {"architecture": name, "hook_layer": layer})
+            )
+            self.describe(tmp_path / name)
+        return tmp_path
+
+    def describe(self, run, n_tokens=400):
+        options = {"n_tokens": n_tokens, "effect_strength": 0.0, "sample_strength": 0.0}
+        run_experts(ExpertsConfig(run=str(run), **options))
+
+    def active(self, model, run, documents):
+        """Where its experts fire in the text it was described on, read text by text."""
+        sae = load_layer(run / "layer")
+        hook, active, n_tokens = sae.cfg.metadata.hook_name, [], 0
+        for document in dict.fromkeys(split_documents(documents, 40)[0]["text"]):
+            if n_tokens >= 400:
+                break
+            tokens = model.to_tokens(document)[:, :8]
+            _, cache = model.run_with_cache(tokens, names_filter=hook)
+            active.append((sae.encode(cache[hook][0]) > 0)[tokens[0] > 2])
+            n_tokens += len(active[-1])
+        return torch.cat(active).numpy()
+
+    def test_counted_densely(self, layers, tiny_bridge, documents, capsys):
+        main(["report", str(layers / "mxd"), "--beside", str(layers / "topk_transcoder")])
+        (layer,) = json.loads((layers / "mxd" / "beside.json").read_text())["layers"]
+        assert layer["run"] == "../topk_transcoder"
+        assert layer["label"] == "layer 0: transcoder, k = 3, seed 0"
+        mine, theirs = (
+            self.active(tiny_bridge, layers / name, documents)
+            for name in ("mxd", "topk_transcoder")
+        )
+        assert layer["text"]["n_tokens"] == len(mine) == len(theirs)
+        best = []
+        for expert in layer["experts"]:
+            fires = mine[:, [expert["id"]]]
+            jaccard = (fires & theirs).sum(0) / np.maximum((fires | theirs).sum(0), 1)
+            best.append(jaccard.max())
+            expected = np.sort(jaccard[jaccard > 0])[::-1][:5]
+            scores = [score for _, score in expert["nearest"]]
+            assert scores == pytest.approx(expected.tolist(), rel=1e-3)
+            assert [jaccard[i] for i, _ in expert["nearest"]] == pytest.approx(scores, rel=1e-3)
+        described = json.loads((layers / "mxd" / "experts.json").read_text())["experts"]
+        assert [expert["id"] for expert in layer["experts"]] == [e["id"] for e in described]
+        assert layer["jaccard"] == pytest.approx(np.mean(best), rel=1e-3)
+        printed = capsys.readouterr().out
+        assert f"{layer['jaccard']:.2f} on average (by chance" in printed
+        assert printed.endswith("mxd/report.html\n")
+        page = (layers / "mxd" / "report.html").read_text()
+        assert '<script id="beside"' in page and "layer 0: transcoder, k = 3, seed 0" in page
+
+    def test_an_sae_reads_the_mlps_output(self, layers, tiny_bridge, documents):
+        run_beside(ReportConfig(run=str(layers / "topk"), beside=str(layers / "mxd")))
+        (layer,) = json.loads((layers / "topk" / "beside.json").read_text())["layers"]
+        mine = self.active(tiny_bridge, layers / "topk", documents)
+        assert [e["id"] for e in layer["experts"]] == np.flatnonzero(mine.any(0)).tolist()
+
+    def test_what_is_there_is_kept_and_the_page_is_of_the_last(self, layers, monkeypatch):
+        run = layers / "mxd"
+        for name in ("topk_transcoder", "topk"):
+            main(["report", str(run), "--beside", str(layers / name)])
+        monkeypatch.setattr("mxd_lens.runs.config.load_model", None)
+        before = json.loads((run / "beside.json").read_text())["layers"]
+        assert [layer["run"] for layer in before] == ["../topk_transcoder", "../topk"]
+
+        def shown():
+            page = (run / "report.html").read_text()
+            return [text in page for text in ("layer 0: transcoder", "layer 1: SAE of the MLP")]
+
+        assert shown() == [False, True]
+        main(["report", str(run)])
+        assert shown() == [False, True]
+        main(["report", str(run), "--beside", str(layers / "topk_transcoder")])
+        assert shown() == [True, False]
+        main(["report", str(run)])
+        assert shown() == [True, False]
+        assert json.loads((run / "beside.json").read_text())["layers"] == before[::-1]
+        assert run_beside(ReportConfig(run=str(run))) == []
+
+    def test_what_cannot_be_compared(self, layers, make_config, edit_json, documents, tmp_path):
+        run, other = layers / "mxd", layers / "topk"
+
+        def beside(name):
+            return run_beside(ReportConfig(run=str(run), beside=str(name)))
+
+        with pytest.raises(ValueError, match="mxd' is one of the layers itself: name another"):
+            beside(run)
+        with pytest.raises(ValueError, match="holds neither a finished run nor a comparison"):
+            beside(tmp_path / "nowhere")
+        (layers / "both").mkdir()
+        for name in ("mxd", "topk"):
+            shutil.copytree(layers / name, layers / "both" / name)
+        with pytest.raises(ValueError, match="both' holds several layers: name a folder in it"):
+            beside(layers / "both")
+        shutil.copytree(run, layers / "dense")
+        edit_json(layers / "dense" / "runner_cfg.json", architecture="dense")
+        with pytest.raises(ValueError, match="is a dense control without experts: name another"):
+            beside(layers / "dense")
+        (other / "experts.json").rename(other / "aside.json")
+        with pytest.raises(ValueError, match=r"no .*topk/experts.json: run `mxd-lens experts"):
+            beside(other)
+        self.describe(other, n_tokens=300)
+        said = r"mxd/experts.json says n_tokens=4\d\d, and .*topk/experts.json n_tokens=3\d\d: run"
+        with pytest.raises(ValueError, match=said):
+            beside(other)
+        assert not (run / "beside.json").exists()
+        (other / "aside.json").rename(other / "experts.json")
+        beside(other)
+        for name in ("mxd", "topk"):
+            edit_json(layers / name / "experts.json", n_tokens=500)
+        with pytest.raises(ValueError, match=r"beside.json was made with n_tokens=.*ask for the s"):
+            beside(other)
 
 
 class TestSteer:

@@ -16,7 +16,13 @@ from mxd_lens.data.reading import read_heldout, text_activations
 from mxd_lens.files import LOCK
 from mxd_lens.layers.mxd import MxD
 from mxd_lens.models.site import Site
-from mxd_lens.runs.analyse import AnalysisConfig, ExpertsConfig, ProbeConfig, SteerConfig
+from mxd_lens.runs.analyse import (
+    AnalysisConfig,
+    ExpertsConfig,
+    ProbeConfig,
+    ReportConfig,
+    SteerConfig,
+)
 
 from ..conftest import TINY_RUN, TINY_RUNS
 from ..helpers import placed
@@ -112,6 +118,7 @@ class TestConfigurations:
                 {"edit": "paper", "n_samples": 4},
                 "edit=paper has n_samples=10, and this asks for 4",
             ),
+            (ReportConfig, {"beside": ""}, "beside='': String should have at least 1 character"),
             (SteerConfig, {"n_experts": -1}, "n_experts=-1: must be at least 1"),
             (SteerConfig, {"experts": []}, r"experts=\[\]: name at least one"),
             (SteerConfig, {"n_samples": 1}, "n_samples=1: must be at least 2"),

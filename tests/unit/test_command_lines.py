@@ -92,6 +92,10 @@ LABEL = {
     **{"k": number, "n_tokens": number, "n_experts": st.integers(-1, 3).map(str), "seed": number},
     "chat": st.sampled_from(["models", "nothing", "text.txt", ""]),
 }
+REPORT = {"k": number, "beside": st.sampled_from(["finished", "nowhere", "text.txt", ""])}
+REPORT["beside"] |= st.sampled_from(
+    [f"out/layer1-{name}" for name in ("topk-k2-seed0", "dense-seed0")]
+)
 STEER = {
     **SAMPLING,
     "k": number,
@@ -233,7 +237,7 @@ COMMANDS = {
     ),
     "label": (5, LABEL, {"n_tokens": "200", "n_experts": "2"}, "*/labels.json"),
     "steer": (25, STEER, SAMPLED, "*/steering.json"),
-    "report": (5, {"k": number}, {}, "*/report.html"),
+    "report": (10, REPORT, {}, "*/report.html"),
     "graph": (15, GRAPH, {"prompt": "the cat", "architecture": "mxd"}, "**/graph-*.html"),
     "finetune": (
         *(10, FINETUNE),

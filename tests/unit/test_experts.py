@@ -28,7 +28,12 @@ from mxd_lens.analysis.experts.corpus import (
     token_strings,
 )
 from mxd_lens.analysis.experts.effects import logit_effects
-from mxd_lens.analysis.experts.nearest import coactive, nearest_experts
+from mxd_lens.analysis.experts.nearest import (
+    coactive,
+    coactive_by_chance,
+    mean_best,
+    nearest_experts,
+)
 from mxd_lens.analysis.experts.report import inspect_experts
 from mxd_lens.layers import layer_of
 from mxd_lens.models.site import Site
@@ -457,6 +462,36 @@ def test_coactive_have_the_largest_jaccard_index(toy):
         assert dict(of_expert) == pytest.approx(expected, rel=1e-5)
         scores = [score for _, score in of_expert]
         assert scores == sorted(scores, reverse=True)
+
+
+@pytest.mark.parametrize("n", [1, 3, 9])
+def test_nearest_in_another_layer_are_those_of_a_dense_count(toy, n):
+    corpus, firings, acts = toy
+    n_tokens, rng = len(corpus.ids), np.random.default_rng(1)
+    theirs = rng.random((n_tokens, 9)) < [0.4, 0, 0.2, 0.05, 0.3, 0.01, 0.1, 0.2, 0]
+    theirs[:, 6] = (acts[:, 6] > 0) & (rng.random(n_tokens) < 0.8)
+    theirs[:, 2] &= acts[:, 0] == 0  # never with 0
+    token, expert = np.nonzero(theirs)
+    others = Firings.sort(expert, token, np.ones(len(token), np.float32))
+
+    def jaccard(theirs):
+        both = (acts[:, :, None] > 0) & theirs[:, None]
+        either = (acts[:, :, None] > 0) | theirs[:, None]
+        return both.sum(0) / np.maximum(either.sum(0), 1)
+
+    scores = jaccard(theirs)
+    found = coactive(firings, n_tokens, n, others)
+    assert len(found) == len(firings.live)
+    for of_expert, row in zip(found, scores[firings.live], strict=True):
+        best = np.sort(row[row > 0])[::-1][:n]
+        assert [score for _, score in of_expert] == pytest.approx(best.tolist(), rel=1e-5)
+        for i, score in of_expert:
+            assert row[i] == pytest.approx(score, rel=1e-5)
+    assert found[-1][0][0] == 6 and found[-1][0][1] > 0.7
+    assert 2 not in dict(found[0])
+    assert mean_best(found) == pytest.approx(scores[firings.live].max(1).mean(), rel=1e-5)
+    by_chance = jaccard(np.roll(theirs, n_tokens // 2, axis=0))[firings.live].max(1).mean()
+    assert coactive_by_chance(firings, n_tokens, others) == pytest.approx(by_chance, rel=1e-5)
 
 
 # What cannot be inspected

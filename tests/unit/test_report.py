@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from base64 import b64decode
 from html.parser import HTMLParser
 
@@ -150,6 +151,37 @@ def write_whole(folder):
     return run
 
 
+THEIRS = EXPERTS | {
+    **{"architecture": "topk_transcoder", "hook_name": "blocks.0.mlp.hook_in"},
+    "texts": [[" its", " own", " text"], TEXTS[0]],
+    "experts": [
+        expert(1, name=HOSTILE, sample=HOSTILE, contexts=[context(1, 4, 2.0)]),
+        expert(4, name="pets", contexts=[context(1, 1, 4.0)], nearest=[[8, 0.5]]),
+        expert(8, contexts=[context(0, 1, 3.0)]),
+    ],
+}
+"""Of another layer."""
+BESIDE = {
+    **{"run": "../other", "label": f"layer 0: {HOSTILE}"},
+    **{"text": {name: EXPERTS[name] for name in ("model_name", "dataset", "n_tokens")}},
+    **{"jaccard": 0.4375, "jaccard_by_chance": 0.0625},
+    "experts": [
+        {"id": 0, "nearest": [[1, 0.25]]},
+        {"id": 2, "nearest": [[4, 0.75], [8, 0.125], [11, 0.0625]]},
+        *({"id": i, "nearest": []} for i in (3, 7, 9)),
+    ],
+}
+
+
+def write_pair(folder, **files):
+    """Two runs, with the experts of one beside those of the other."""
+    labels = LABELS | {"labels": [label(4, "felines, too", f1=0.75)]}
+    write_run(folder / "other", "topk_transcoder", experts=THEIRS, labels=labels)
+    earlier = BESIDE | {"run": "../earlier", "label": "an earlier one"}
+    of_run = {"experts": EXPERTS, "labels": LABELS, "beside": {"layers": [earlier, BESIDE]}}
+    return write_run(folder / "run", **of_run | files)
+
+
 class Page(HTMLParser):
     """What a browser would see: ``tags``, ``text`` outside scripts, and ``scripts``."""
 
@@ -181,8 +213,18 @@ class Page(HTMLParser):
 
     @property
     def shards(self):
+        return self.shards_of("data")
+
+    def shards_of(self, name):
         ids = ((of.get("id") or "", text) for of, text in self.scripts)
-        return [json.loads(text) for name, text in ids if name.startswith("shard-")]
+        return [json.loads(text) for i, text in ids if re.fullmatch(rf"{name}-\d+", i)]
+
+    @property
+    def beside(self):
+        """The data of the other layer."""
+        return next(
+            (json.loads(text) for of, text in self.scripts if of.get("id") == "beside"), None
+        )
 
     @property
     def ids(self):
@@ -330,6 +372,54 @@ class TestWhatIsThere:
         assert cats["experts"] == [[7, 1, 1, 0.5], [2, 1, 1, 0.5], [3, 2, 2, 0.875]]
         assert hostile["class"] == HOSTILE
         assert hostile["experts"] == [[11, 1, 2, 0.5], [0, 2, 2, 0.5]]
+
+
+class TestBeside:
+    def test_the_nearest_and_all_that_is_known_of_them(self, tmp_path):
+        page = Page(write_report(write_pair(tmp_path)))
+        near = dict(zip(page.ids, (rest["beside"] for rest in page.shards[0]), strict=True))
+        assert near[2] == [[4, 0.75], [8, 0.125], [11, 0.0625]] and near[7] == []
+        assert page.data["layer"] == "layer 1: MxD, k = 3, seed 0"
+        theirs = page.beside
+        assert theirs["layer"] == f"layer 0: {HOSTILE}" and theirs["texts"] == THEIRS["texts"]
+        assert [line[0] for line in theirs["experts"]] == [1, 4, 8]
+        assert theirs["experts"][1][-1] == ["felines, too", 0.75]
+        (shard,) = page.shards_of("beside")
+        assert shard[1]["nearest"] == [[8, 0.5]] and shard[0]["sample"] == HOSTILE
+        assert f"Beside each are those of layer 0: {HOSTILE} that fire on the same" in page.text
+        assert "is 0.44 on average (by chance" in page.text and "text: 0.06)" in page.text
+        assert not [tag for tag, _ in page.tags if tag == "img"]
+
+    def test_says_how_to(self, whole, bare, compared, tmp_path):
+        assert f"mxd-lens report {tmp_path / 'mxd'} --beside OTHER_RUN" in whole.text
+        assert whole.beside is None
+        for page in (bare, compared({})):
+            assert "--beside" not in page.text
+
+    @pytest.mark.parametrize("of", ["other", "run"])
+    def test_an_expert_of_another_text_is_not_beside(self, tmp_path, of, edit_json):
+        run = write_pair(tmp_path)
+        edit_json(tmp_path / of / "experts.json", n_tokens=4999)
+        page = Page(write_report(run))
+        assert page.beside is None and page.ids == [0, 2, 3, 7, 9]
+        assert "../other/experts.json is not there now, or one of both" in page.text
+        (tmp_path / "other" / "experts.json").unlink()
+        assert "../other/experts.json is not there now" in Page(write_report(run)).text
+
+    def test_shards_of_both_are_beside_the_page_or_within(self, tmp_path, monkeypatch):
+        run = write_pair(tmp_path)
+        page = Page(write_report(run))
+        sizes = [
+            len(json.dumps(page.shards_of(of), ensure_ascii=False)) for of in ("data", "beside")
+        ]
+        monkeypatch.setattr("mxd_lens.report.experts.INLINE", max(sizes))
+        page = Page(write_report(run))
+        folders = {page.data["folder"], page.beside["folder"]}
+        assert len(folders) == 2 and {path.name for path in run.glob("report-experts-*")} == folders
+        assert page.shards == page.shards_of("beside") == []
+        (run / "beside.json").unlink()
+        page = Page(write_report(run))
+        assert page.data["folder"] is None and not [*run.glob("report-experts-*")]
 
 
 class TestComparison:
