@@ -137,16 +137,20 @@ class MxD(SparseLayer, HiddenUnits):
     def _regress(self, x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "d_sae d_out"]:
         """Of the output on the activations, with a penalty as of one firing of each expert."""
         outputs, firings = [], []
-        for start, part in enumerate(x.split(1024)):
+        for number, part in enumerate(x.split(1024)):
             y, codes, _ = self.run_with_codes(part)
             token, unit, value = codes.firings()
-            outputs.append(y.float().cpu())
-            firings.append((token.cpu() + 1024 * start, unit.cpu(), value.float().cpu()))
+            outputs.append(y.double().cpu())
+            firings.append((token.cpu() + 1024 * number, unit.cpu(), value.double().cpu()))
+        y = torch.cat(outputs)
         token, unit, value = (torch.cat(of_part).numpy() for of_part in zip(*firings, strict=True))
         acts = sparse.csr_array((value, (token, unit)), shape=(len(x), self.cfg.d_sae))
-        penalty = float(np.square(value).mean()) if len(value) else 1.0
-        fitted = Ridge(penalty, solver="sparse_cg", tol=1e-6).fit(acts, torch.cat(outputs).numpy())
-        return torch.from_numpy(fitted.coef_.T.copy()).to(self.W_dec)
+        read = sparse.hstack([acts, np.ones((len(x), 1))], format="csr")
+        penalty = np.square(value).mean() if len(value) else 1.0
+        fitted = Ridge(penalty, solver="cholesky", fit_intercept=False).fit(
+            read, (y - y.mean(0)).numpy()
+        )
+        return torch.from_numpy(fitted.coef_[:, :-1].T.copy()).to(self.W_dec)
 
     @torch.no_grad()
     def effect_norms(

@@ -302,10 +302,10 @@ def writer(lm):
 
 
 def ridge(acts, y):
-    """The normal equations; the penalty is the mean square of what is active."""
-    acts_0, y_0 = acts - acts.mean(0), y - y.mean(0)
-    penalty = acts[acts > 0].square().mean() * torch.eye(acts.shape[1])
-    return torch.linalg.solve(acts_0.T @ acts_0 + penalty, acts_0.T @ y_0)
+    """The normal equations, with a constant; the penalty is the mean square of what is active."""
+    read = torch.cat([acts, torch.ones(len(acts), 1)], dim=1)
+    penalty = acts[acts > 0].square().mean() * torch.eye(read.shape[1])
+    return torch.linalg.solve(read.T @ read + penalty, read.T @ (y - y.mean(0)))
 
 
 @torch.no_grad()
