@@ -53,6 +53,11 @@ class Layer:
         of a layer that does not only touch what is active."""
         return 0
 
+    @property
+    def sample_size(self) -> int:
+        """Tokens of the sample x on which `steering_directions` and `effect_norms` are taken."""
+        return 16_384
+
     @classmethod
     def training_class(cls) -> Any:
         """What is trained: called with the training configuration."""

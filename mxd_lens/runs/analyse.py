@@ -71,7 +71,7 @@ from mxd_lens.data.reading import read_heldout
 from mxd_lens.data.text import Text, load_text, read
 from mxd_lens.fields import Count, EachOnce, Finite, Index, Name, PathStr, Seed, config
 from mxd_lens.files import check_same, locked
-from mxd_lens.layers import answers
+from mxd_lens.layers import answers, layer_of
 from mxd_lens.models.load import load_model
 from mxd_lens.models.site import Site
 from mxd_lens.runs import results
@@ -734,6 +734,7 @@ def layer_sample(
 ) -> tuple[Float[Tensor, "tokens d_in"], float]:
     """Inputs of a layer at held-out tokens, and the mean norm of the MLP's output there."""
     site, documents = Site.of(model, sae), _documents(run)[1]
-    heldout = read_heldout(site, documents, n_tokens=16_384, **run.reading_heldout)
+    n_tokens = layer_of(sae).sample_size
+    heldout = read_heldout(site, documents, n_tokens=n_tokens, **run.reading_heldout)
     x, y = (torch.cat([pair[hook] for pair in heldout.pairs]) for hook in site.hooks)
     return x, y.norm(dim=-1).mean().item()

@@ -494,6 +494,7 @@ class TestWriteDirections:
     def test_without_an_auxiliary_loss_there_are_none(self):
         layer = make_layer("training_mxd", 0.3, aux_loss_coefficient=0.0)
         assert not hasattr(layer, "W_aux") and not hasattr(layer.to_inference(), "W_write")
+        assert layer.sample_size == 4 * make_layer("training_mxd", 0.3).sample_size
         assert list(training_step(layer, *pair()).losses) == ["mse_loss"]
 
     def test_are_none_of_the_users_options(self):
