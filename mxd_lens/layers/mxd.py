@@ -137,11 +137,13 @@ class MxD(SparseLayer, HiddenUnits):
         to agree with what experts fire on as well as W_write does (docs/results.md)."""
         if self.cfg.write_directions:
             return self.W_write[units].clone()
-        return self._regress(x.to(self.dtype))[units]
+        return self.regress(x.to(self.dtype))[units]
 
-    def _regress(self, x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "d_sae d_out"]:
-        """Of the output on the activations, with a penalty as of one firing of each expert. Takes
-        16 d_sae^2 bytes, 0.8 GB for 7,000 experts, and seconds."""
+    @torch.no_grad()
+    def regress(self, x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "d_sae d_out"]:
+        """Write directions by ridge regression of the layer's output on its activations at x, with
+        a penalty as of one firing of each expert. Takes 16 d_sae^2 bytes, 0.8 GB for 7,000 experts,
+        and seconds."""
         outputs, firings = [], []
         for number, part in enumerate(x.split(1024)):
             y, codes, _ = self.run_with_codes(part)
