@@ -56,7 +56,7 @@ def main() -> None:
         firings = read_firings(site, sae, corpus, autocast=run.autocast)
         top = pick_contexts(firings, corpus)[0][:, :N_TOP]
         n = min(options.n_experts, len(firings.live))
-        chosen = np.sort(np.random.default_rng(0).choice(len(firings.live), n, replace=False))
+        chosen = np.sort(np.random.default_rng(1).choice(len(firings.live), n, replace=False))
         ids = torch.from_numpy(firings.live[chosen]).to(sae.device)
         for name, rows in directions.items():
             effect = STRENGTH * y_norm * F.normalize(rows[ids], dim=-1)
