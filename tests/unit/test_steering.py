@@ -312,7 +312,7 @@ def ridge(acts, y):
 @pytest.mark.parametrize("name", LAYERS)
 def test_directions_and_strengths_are_those_asked_for(name):
     layer = random_layer(name)
-    x, y_norm, experts = torch.randn(200, 16), 3.0, [0, 7, 39]
+    x, y_norm, experts = torch.randn(1200, 16), 3.0, [0, 7, 39]
     amounts = calibrate_strength(layer, experts, 0.5, x, y_norm)
     directions = steering_directions(layer, experts, x)
     for expert, amount, row in zip(experts, amounts, directions, strict=True):
