@@ -37,7 +37,7 @@ from mxd_lens.report.page import (
     write_report,
     write_run_page,
 )
-from mxd_lens.report.tables import comparison_table, markdown, table
+from mxd_lens.report.tables import carried, comparison_table, in_place, markdown, table, tuned
 from mxd_lens.report.tables import joint as joint_table
 from mxd_lens.runs import analyse
 from mxd_lens.runs.claims import check_sources, claim_folder
@@ -57,7 +57,7 @@ from mxd_lens.runs.config import (
     finished_runs,
 )
 from mxd_lens.runs.exchange import ConvertConfig, ExportConfig, run_convert, run_export
-from mxd_lens.runs.finetune import FinetuneConfig, run_finetune
+from mxd_lens.runs.finetune import LEFT, FinetuneConfig, run_finetune
 from mxd_lens.runs.graph import GraphConfig, run_graph
 from mxd_lens.runs.results import (
     Beside,
@@ -89,6 +89,8 @@ class EvaluateConfig(OtherText, Measuring):
     """Output folder of `mxd-lens train`, or of `mxd-lens compare`: all of its layers."""
     joint: bool = argument(default=False, action=Flag)
     """Put layers of different MLPs in place at once: 1, 2, 4, ... and all."""
+    each: bool = argument(default=False, action=Flag)
+    """With --joint: measure each beside the others, too; 4 passes over the text for each."""
 
 
 @config
@@ -176,10 +178,11 @@ def run_train(cfg: ManyConfig) -> None:
 def run_evaluate(cfg: EvaluateConfig) -> None:
     folder = Path(cfg.run)
     if cfg.joint:
-        path = measure_together(folder, cfg, cfg.n_sequences)
+        path = measure_together(folder, cfg, cfg.n_sequences, each=cfg.each)
         write_joint_page(path)
-        joint = read(path, Joint)
-        print(markdown(*joint_table(plain(joint)["rows"])))
+        rows = plain(read(path, Joint))["rows"]
+        for table in (joint_table(rows), carried(rows), *([in_place(rows)] if cfg.each else [])):
+            print(markdown(*table), end="\n\n")
         print(f"\n{path}  {path.with_suffix('.html')}")
     elif (folder / RUNNER_CFG_FILENAME).exists():
         (run,) = finished_runs(folder)
@@ -193,10 +196,12 @@ def run_evaluate(cfg: EvaluateConfig) -> None:
 def show_finetuning(cfg: FinetuneConfig) -> None:
     path = run_finetune(cfg)
     written = read_json(path, dict[str, Any]) or {}
-    for when in ("before", "after"):
-        all_of_them = written[when]["replaced"][-1]
-        n, lost, kl = (len(all_of_them["layers"]), all_of_them["ce_increase"], all_of_them["kl"])
-        print(f"{n} layers in place {when}: CE increase {lost:.4f}, KL {kl:.4f} nats per token")
+    print(markdown(*tuned(written)))
+    if written["meaning_kept"] is False:
+        print(
+            f"\nThe experts idle: their share, or how many are alive, is below {LEFT:.0%} of what "
+            "it was. Tune at a lower --lr, on fewer tokens, or with --reconstruction 1."
+        )
     print(f"\n{path}")
 
 

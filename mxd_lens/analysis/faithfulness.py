@@ -10,18 +10,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from sae_lens.saes.sae import SAE
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from mxd_lens.analysis.alone import Alone
 from mxd_lens.analysis.in_model import InModel
 from mxd_lens.analysis.jacobian import jacobians
 from mxd_lens.data.reading import Heldout, read_heldout
 from mxd_lens.data.text import Text
 from mxd_lens.layers import layer_of
-from mxd_lens.layers.layer import Layer
 from mxd_lens.models.site import Site
 from mxd_lens.models.splice import get_mlp
 
@@ -94,7 +93,9 @@ def evaluate(
             n_tokens=n_tokens,
             batch_size=batch_size,
         )
-    alone, mean_sparse, density = _measure_layer(layer, site, dataset)
+    alone = Alone(layer)
+    for pair in tqdm(dataset.pairs, desc="Measuring the layer"):
+        alone.add(*(pair[hook] for hook in site.hooks))
     x = torch.cat([pair[site.mlp_in] for pair in dataset.pairs])
     chosen = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     mlp = get_mlp(site.model, site.layer)
@@ -109,56 +110,8 @@ def evaluate(
         "d_hidden": getattr(sae.cfg, "d_hidden", None),
         "n_parameters": sum(p.numel() for p in sae.parameters()),
         "training_tokens": metadata.training_tokens,
-        **InModel(layer, site, dataset, mean_sparse, seed).row(),
-        **alone,
+        **InModel(layer, site, dataset, alone.mean_sparse, seed).row(),
+        **alone.row(),
         **jacobians(layer, mlp, x[chosen[:n_jacobian_tokens].to(x.device)]),
     }
-    return row, density
-
-
-def _measure_layer(
-    layer: Layer, site: Site, heldout: Heldout
-) -> tuple[dict[str, Any], Float[Tensor, "d_out"] | None, Float[Tensor, "d_sae"] | None]:
-    """The layer against its target, and its firing: measurements, mean sparse term, density."""
-    sae = layer.sae
-    d_out = heldout.pairs[0][site.hook_out].shape[-1]
-    zeros: dict[str, Any] = {"dtype": torch.float64}  # on the CPU: not every device has it
-    fired = torch.zeros(sae.cfg.d_sae, **zeros)
-    total, total_square = torch.zeros(d_out, **zeros), torch.zeros(d_out, **zeros)
-    squared_error = torch.zeros((), **zeros)
-    sparse_sum, direction_sum = torch.zeros(d_out, **zeros), torch.zeros(d_out, **zeros)
-    nmse: list[Tensor] = []
-    for pair in tqdm(heldout.pairs, desc="Measuring the layer"):
-        x, y = (pair[hook] for hook in site.hooks)
-        if layer.has_experts:
-            y_hat, codes, sparse = layer.run_with_codes(x)
-            fired += codes.firings()[1].bincount(minlength=len(fired)).cpu()
-            sparse_sum += sparse.sum(0).cpu()
-            direction_sum += F.normalize(sparse, dim=-1).sum(0).cpu()
-        else:
-            y_hat = sae(x)
-        error = (y_hat - y).square().sum(-1)
-        nmse.append(error / y.square().sum(-1))
-        squared_error += error.sum().cpu()
-        total += y.cpu().double().sum(0)
-        total_square += y.cpu().double().square().sum(0)
-    per_token = torch.cat(nmse)
-    n = len(per_token)
-    variance = (total_square - total.square() / n).sum()
-    measured: dict[str, Any] = {
-        "fvu": (squared_error / variance).item(),
-        "nmse": per_token.mean().item(),
-        "nmse_median": per_token.median().item(),
-        "heldout_tokens": n,
-    }
-    if not layer.has_experts:
-        absent = dict.fromkeys(["l0", "alive_fraction", "always_on", "experts_cosine"])
-        return measured | absent, None, None
-    mean_sparse, density = sparse_sum / n, fired / n
-    measured |= {
-        "l0": density.sum().item(),
-        "alive_fraction": (fired > 0).double().mean().item(),
-        "always_on": int((density > 0.5).sum()),
-        "experts_cosine": (direction_sum @ mean_sparse / n / mean_sparse.norm()).item(),
-    }
-    return measured, mean_sparse.to(sae.dtype).to(sae.device), density.float()
+    return row, alone.density

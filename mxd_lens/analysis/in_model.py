@@ -21,6 +21,7 @@ from mxd_lens.models.site import Site
 from mxd_lens.models.splice import get_mlp
 
 Sparse = Float[Tensor, "tokens d_out"]
+Ablated = Callable[[Float[Tensor, "tokens d_in"]], Float[Tensor, "tokens d_out"]]
 PerToken = Float[Tensor, "sequences pos"]
 
 GATES = ("ce_mean_gate", "ce_shuffled_gate", "ce_shuffled_gate_matched")
@@ -59,7 +60,9 @@ class InModel:
         self.layer: Layer = layer
         self.site: Site = site
         self.heldout: Heldout = heldout
-        self._mean, self._generator = mean_sparse, torch.Generator().manual_seed(seed)
+        self._ablated: dict[str, Ablated] = {}
+        if mean_sparse is not None:
+            self._ablated = ablated(layer, mean_sparse, torch.Generator().manual_seed(seed))
         self._measures_shared = not heldout.shared
         mlp = get_mlp(site.model, site.layer)
         self._copy = MxD.from_mlp(mlp) if self._measures_shared else None
@@ -115,32 +118,14 @@ class InModel:
             "nmse": ((y_hat - y).square().sum(-1) / y.square().sum(-1))[:, :-1].cpu() * predicted,
         }
         if layer.has_experts:
-            for name, ablate in zip(GATES, self._ablations(), strict=True):
-                edit = (layer.sparse_hook, lambda sparse, hook, ablate=ablate: ablate(sparse))
-                found[name] = ce(run(kept, sae.run_with_hooks(x[here], fwd_hooks=[edit])))
+            for name, ablated in self._ablated.items():
+                found[name] = ce(run(kept, ablated(x[here])))
         if self._copy is not None:
             found["ce_zero_ablation"] = ce(run(kept, torch.zeros_like(y[here])))
             of_mlp = cache[site.mlp_in]
             exact = run(kept, self._copy(of_mlp[kept.to(of_mlp.device)].to(self._copy.device)))
             found |= {"ce_floor": ce(exact), "kl_floor": kl(exact)}
         return found
-
-    def _ablations(self) -> list[Callable[[Sparse], Sparse]]:
-        """Those of `GATES`."""
-
-        def shuffled(sparse: Sparse) -> Sparse:
-            return sparse[torch.randperm(len(sparse), generator=self._generator).to(sparse.device)]
-
-        def shuffled_matched(sparse: Sparse) -> Sparse:
-            other = shuffled(sparse)
-            norms = [s.norm(dim=-1, keepdim=True).clamp_min(1e-12) for s in (sparse, other)]
-            return other * (norms[0] / norms[1])
-
-        def at_mean(sparse: Sparse) -> Sparse:
-            assert self._mean is not None
-            return self._mean.expand_as(sparse)
-
-        return [at_mean, shuffled, shuffled_matched]
 
     def row(self) -> dict[str, Any]:
         """Means over tokens, what follows from them, their intervals, and the sums of each
@@ -212,6 +197,35 @@ class InModel:
                     }
                 )
         return bins
+
+
+def ablated(
+    layer: Layer, mean_sparse: Float[Tensor, "d_out"], generator: torch.Generator
+) -> dict[str, Ablated]:
+    """The layer with its sparse term ablated, by each name of `GATES`.
+
+    Args:
+        mean_sparse: the sparse term's mean over tokens.
+        generator: of the shuffles.
+    """
+
+    def at_mean(sparse: Sparse) -> Sparse:
+        return mean_sparse.expand_as(sparse)
+
+    def shuffled(sparse: Sparse) -> Sparse:
+        return sparse[torch.randperm(len(sparse), generator=generator).to(sparse.device)]
+
+    def shuffled_matched(sparse: Sparse) -> Sparse:
+        other = shuffled(sparse)
+        norms = [s.norm(dim=-1, keepdim=True).clamp_min(1e-12) for s in (sparse, other)]
+        return other * (norms[0] / norms[1])
+
+    def of_layer(ablate: Callable[[Sparse], Sparse]) -> Ablated:
+        edits = [(layer.sparse_hook, lambda sparse, hook: ablate(sparse))]
+        return lambda x: layer.sae.run_with_hooks(x, fwd_hooks=edits)
+
+    ablations = (at_mean, shuffled, shuffled_matched)
+    return {name: of_layer(ablate) for name, ablate in zip(GATES, ablations, strict=True)}
 
 
 def cross_entropies(

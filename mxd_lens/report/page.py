@@ -94,6 +94,8 @@ def write_joint_page(results: Path) -> None:
         where="many MLPs",
         figures=drawn,
         numbers=tables.joint(rows),
+        carried=tables.carried(rows),
+        in_place=tables.in_place(rows),
         written=tables.written(rows),
     )
 

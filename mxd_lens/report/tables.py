@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from mxd_lens.analysis.intervals import increase_interval, worth
@@ -107,11 +108,17 @@ def _said(form: str, known: dict[str, Any]) -> str:
 def decisive(rows: list[dict[str, Any]]) -> Table:
     """The numbers that decide, a layer a line, without columns that no layer has, or the MLP's
     if there is but one."""
-    columns = {name: [_said(form, measured(row)) for row in rows] for name, form in COLUMNS.items()}
-    columns = {name: cells for name, cells in columns.items() if {*cells} != {NONE}}
-    if len({*columns["MLP"]}) == 1:
-        del columns["MLP"]
-    return list(columns), [list(line) for line in zip(*columns.values(), strict=True)]
+    several = len({row["hook_layer"] for row in rows}) > 1
+    columns = {name: form for name, form in COLUMNS.items() if several or name != "MLP"}
+    return _columns(columns, map(measured, rows))
+
+
+def _columns(columns: dict[str, str], rows: Iterable[dict[str, Any]]) -> Table:
+    """A row a line, without columns that none has."""
+    known = [{name: v for name, v in row.items() if v is not None} for row in rows]
+    cells = {name: [_said(form, row) for row in known] for name, form in columns.items()}
+    cells = {name: of_rows for name, of_rows in cells.items() if {*of_rows} != {NONE}}
+    return list(cells), [list(line) for line in zip(*cells.values(), strict=True)]
 
 
 def over_seeds(rows: list[dict[str, Any]]) -> Table | None:
@@ -166,6 +173,61 @@ def joint(rows: list[dict[str, Any]]) -> Table:
             numbers = [f"{of_n['ce_increase']:.4f}", said, f"{of_n['kl']:.4f}"]
             lines.append([layer_label(row), f"{len(of_n['layers'])}", *numbers])
     return head, lines
+
+
+CARRIED = {
+    "layers": "{layer}",
+    "MLPs": "{n}",
+    "CE increase": "{ce_increase:.4f}",
+    "KL": "{kl:.4f}",
+    "gates at their means": "{ce_mean_gates:.4f}",
+    "MLPs removed": "{ce_zero_ablation:.4f}",
+    "share": "{share:.0%}",
+    "alive": "{alive:.0%}",
+    "FVU": "{fvu:.3f}",
+}
+"""Of all layers in place: heading, and what `carried` says below it."""
+
+
+def carried(rows: list[dict[str, Any]]) -> Table:
+    """What of it the experts do, with all layers in place; alive and FVU are means over layers."""
+    return _columns(CARRIED, [_all_in_place(row) | {"layer": layer_label(row)} for row in rows])
+
+
+def tuned(measured: dict[str, Any]) -> Table:
+    """That before tuning and after."""
+    times = ("before", "after")
+    return _columns(CARRIED, [_all_in_place(measured[when]) | {"layer": when} for when in times])
+
+
+def _all_in_place(row: dict[str, Any]) -> dict[str, Any]:
+    def mean(name: str) -> float | None:
+        values = [of_layer[name] for of_layer in row["in_place"] if of_layer[name] is not None]
+        return sum(values) / len(values) if values else None
+
+    of_layers = {"n": len(row["in_place"]), "alive": mean("alive_fraction"), "fvu": mean("fvu")}
+    return row["replaced"][-1] | row | of_layers
+
+
+IN_PLACE = {
+    "layer": "{label}",
+    "MLP": "{layer}",
+    "CE increase": "{ce_increase:.4f}",
+    "95% interval": "{ce_increase_interval[0]:.4f} to {ce_increase_interval[1]:.4f}",
+    "worth": "{worth:+.4f}",
+    "share": "{share:.0%}",
+    "shuffled": "{shuffled:.0%}",
+    "Jacobian": "{jacobian_cosine:.2f}",
+    "FVU": "{fvu:.3f}",
+    "alive": "{alive_fraction:.0%}",
+}
+"""Of one layer beside the others: heading, and what `in_place` says below it."""
+
+
+def in_place(rows: list[dict[str, Any]]) -> Table:
+    """Each layer beside all others, an MLP a line."""
+    said = [{"label": layer_label(row)} | of_layer for row in rows for of_layer in row["in_place"]]
+    return _columns(IN_PLACE, said)
 
 
 def written(rows: list[dict[str, Any]]) -> Table:

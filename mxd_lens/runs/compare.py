@@ -296,9 +296,12 @@ def measure_again(folder: Path, text: OtherText, n_sequences: int = 64) -> Path:
         return write_rows(folder, rows, results_stem(text.dataset))
 
 
-def measure_together(folder: Path, text: OtherText, n_sequences: int = 64) -> Path:
+def measure_together(
+    folder: Path, text: OtherText, n_sequences: int = 64, *, each: bool = False
+) -> Path:
     """Measure the layers of a comparison all in place at once, those of each architecture, k and
-    seed: ``joint.json``, this path; ValueError if there are none, or none of several MLPs."""
+    seed, and if asked each of them beside the others: ``joint.json``, this path; ValueError if
+    there are none, or none of several MLPs."""
     runs = finished_runs(folder, one_mlp=False)
     groups: dict[tuple[Any, ...], list[TrainConfig]] = {}
     for run in runs:
@@ -317,10 +320,12 @@ def measure_together(folder: Path, text: OtherText, n_sequences: int = 64) -> Pa
     options = {"n_sequences": n_sequences, "n_tokens": n_sequences * cfg.context_size}
     tokens = read_heldout(site, documents, **options, **cfg.reading_heldout).in_model
     original = continuations(model, {})
+    controls = {run.layer: run for run in runs if each and run.architecture == CONTROL}
     rows = []
     for (architecture, k, seed), of_group in groups.items():
         layers = {run.layer: load_layer(run.layer_path, run.device) for run in of_group}
         written = zip(PROMPTS, original, continuations(model, layers), strict=True)
+        beside = {} if architecture == CONTROL else controls
         rows.append(
             JointRow(
                 architecture=architecture,
@@ -328,7 +333,13 @@ def measure_together(folder: Path, text: OtherText, n_sequences: int = 64) -> Pa
                 seed=seed,
                 model_name=cfg.model,
                 dataset=text.dataset or f"{cfg.dataset} (held out)",
-                **evaluate_jointly(model, layers, tokens),
+                **evaluate_jointly(
+                    model,
+                    layers,
+                    tokens,
+                    each=each,
+                    controls={i: load_layer(c.layer_path, c.device) for i, c in beside.items()},
+                ),
                 continuations=[
                     Continuation(prompt=prompt, original=before, replaced=after)
                     for prompt, before, after in written

@@ -41,7 +41,9 @@ SETTINGS_FILENAME = "finetune.json"
 CHECKPOINTS = "checkpoints"
 """Where an interrupted run goes on from: a folder for the step it has come to."""
 TUNED_FILENAME = "finetuned.json"
-"""`evaluate_jointly` of all layers ``before`` and ``after``."""
+"""`evaluate_jointly` of all layers ``before`` and ``after``, and ``meaning_kept``."""
+LEFT = 0.9
+"""Of ``share`` and of the experts that are alive: how much tuning has to leave."""
 
 
 @config
@@ -102,9 +104,23 @@ def run_finetune(cfg: FinetuneConfig, model: Any = None, dataset: Text | None = 
         for run in runs:
             _save(run, layers[run.layer], folder / Path(run.output).name)
         done["after"] = evaluate_jointly(model, layers, tokens, [sorted(layers)])
+        done["meaning_kept"] = meaning_kept(done["before"], done["after"])
         write_json(path, done)
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return path
+
+
+def meaning_kept(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool | None:
+    """False if the experts of tuned layers idle: by `evaluate_jointly`, what holding their gates at
+    their means costs, or how many are alive, has fallen below `LEFT` of what it was. None of layers
+    without experts."""
+    if before["share"] is None:
+        return None
+
+    def alive(measured: Mapping[str, Any]) -> float:
+        return sum(of_layer["alive_fraction"] or 0.0 for of_layer in measured["in_place"])
+
+    return after["share"] >= LEFT * before["share"] and alive(after) >= LEFT * alive(before)
 
 
 def _save(run: TrainConfig, sae: SAE[Any], folder: Path) -> None:

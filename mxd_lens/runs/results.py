@@ -145,6 +145,29 @@ class Continuation:
 
 
 @result
+class InPlace:
+    """One of the layers that are in place together, see `evaluate_jointly`; the last are None where
+    each was not asked for, or has none."""
+
+    layer: int
+    fvu: float
+    nmse: float
+    nmse_median: float
+    heldout_tokens: int
+    l0: float | None
+    alive_fraction: float | None
+    always_on: int | None
+    experts_cosine: float | None
+    ce_increase: float | None = None
+    ce_increase_interval: Interval | None = None
+    share: float | None = None
+    shuffled: float | None = None
+    jacobian_cosine: float | None = None
+    worth: float | None = None
+    worth_interval: Interval | None = None
+
+
+@result
 class JointRow:
     """Layers of one architecture, k and seed, put in place together, see `evaluate_jointly`."""
 
@@ -157,6 +180,10 @@ class JointRow:
     ce_tokens: int
     replaced: Annotated[list[Replaced], Field(min_length=1)]
     error: list[float]
+    ce_mean_gates: float | None
+    ce_zero_ablation: float
+    share: float | None
+    in_place: list[InPlace]
     continuations: list[Continuation]
 
 

@@ -62,7 +62,7 @@ def test_layers_of_several_mlps_are_put_in_place_at_once(run, tmp_path):
     folder = tmp_path / "many"
     arguments = f"--output {folder} --layers 0 1 2 --expansion 8 --n_sequences 4 --k 2"
     run("compare", *arguments.split(), "--architectures", "topk_transcoder", "mxd")
-    printed = run("evaluate", str(folder), "--joint", "--n_sequences", "4")
+    printed = run("evaluate", str(folder), "--joint", "--each", "--n_sequences", "4")
     joint = read(folder / "joint.json", Joint)
     assert [(row.architecture, row.k, row.seed) for row in joint.rows] == [
         ("mxd", 2, 0),
@@ -81,7 +81,7 @@ def test_layers_of_several_mlps_are_put_in_place_at_once(run, tmp_path):
 
     tuned, sizes = tmp_path / "tuned", "--architecture mxd --training_tokens 64 --lm_batch_size 4"
     printed = run("finetune", str(folder), "--output", str(tuned), *sizes.split())
-    assert "3 layers in place before: CE increase" in printed and "in place after: CE" in printed
+    assert "| before | 3 |" in printed and "| after | 3 |" in printed
     assert "| MxD, k = 2 | 3 |" in run("evaluate", str(tuned), "--joint", "--n_sequences", "4")
     with pytest.raises(SystemExit, match="no two layers of different MLPs"):
         run("evaluate", str(folder / "layer1-mxd-k2-seed0"), "--joint")

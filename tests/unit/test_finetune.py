@@ -14,7 +14,7 @@ from mxd_lens.analysis.in_model import divergences
 from mxd_lens.models.splice import splice
 from mxd_lens.runs import finetune
 from mxd_lens.runs.config import finished_runs
-from mxd_lens.runs.finetune import FinetuneConfig, Tuning, run_finetune
+from mxd_lens.runs.finetune import FinetuneConfig, Tuning, meaning_kept, run_finetune
 from mxd_lens.runs.results import load_layer
 from mxd_lens.startup import Interrupted
 
@@ -54,6 +54,7 @@ def test_layers_predict_more_like_the_original(make, tiny_bridge, documents, tmp
     found = json.loads(path.read_text())
     lost = [found[when]["replaced"][-1]["kl"] for when in ("before", "after")]
     assert lost[1] < 0.8 * lost[0]
+    assert found["meaning_kept"] == meaning_kept(found["before"], found["after"])
     runs = finished_runs(path.parent, one_mlp=False)
     assert [run.layer for run in runs] == [0, 2] and not (path.parent / "checkpoints").exists()
     layers = {run.layer: load_layer(run.layer_path) for run in runs}
@@ -106,3 +107,14 @@ def test_other_settings_are_another_folder(make, tiny_bridge, documents):
         run_finetune(make(training_tokens=64, lr=1.0), tiny_bridge, documents)
     with pytest.raises(ValueError, match="several layers for one MLP"):
         run_finetune(make("other", architecture=None), tiny_bridge, documents)
+
+
+def test_experts_that_idle_are_not_kept():
+    def measured(share, *alive):
+        return {"share": share, "in_place": [{"alive_fraction": of_layer} for of_layer in alive]}
+
+    before = measured(0.5, 1.0, 0.8)
+    assert meaning_kept(before, measured(0.45, 0.9, 0.8)) is True
+    assert meaning_kept(before, measured(0.44, 1.0, 0.8)) is False
+    assert meaning_kept(before, measured(0.5, 1.0, 0.6)) is False
+    assert meaning_kept(measured(None, None), measured(None, None)) is None

@@ -68,6 +68,75 @@ def test_what_is_lost_is_what_the_spliced_model_loses(lm, tokens, name):
     assert found["error"] == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.parametrize("name", ["mxd", "topk_skip_transcoder"])
+def test_each_beside_the_others_is_the_spliced_models(lm, tokens, name):
+    layers = {i: placed(random_layer(name, lm, 0.2), lm, i) for i in range(N_LAYERS)}
+    controls = {1: placed(random_layer("dense", lm, 0.2), lm, 1)}
+    found = evaluate_jointly(lm, layers, tokens, each=True, controls=controls)
+    originals = {i: lm.blocks[i].mlp for i in range(N_LAYERS)}
+
+    def loss(**instead):
+        """With layers at all MLPs but those named, as m0: what is there."""
+        inside = {i: instead.get(f"m{i}", layers[i]) for i in range(N_LAYERS)}
+        total = n = 0
+        for batch in tokens:
+            beside = {i: BesideBos(f, originals[i]) for i, f in inside.items() if f is not None}
+            with splice(lm, beside):
+                said = lm(batch).log_softmax(-1)[:, :-1].gather(-1, batch[:, 1:, None])
+            total, n = total - said.sum().item(), n + said.numel()
+        return total / n
+
+    reads: dict[int, list[torch.Tensor]] = {i: [] for i in layers}
+
+    def reading(i):
+        def read(x):
+            reads[i].append(x[0])
+            return layers[i](x)
+
+        return read
+
+    with splice(lm, {i: BesideBos(reading(i), originals[i]) for i in layers}):
+        for batch in tokens:
+            lm(batch)
+
+    def at_mean(i):
+        """The layer with its sparse term at its mean, from the layer's own pieces."""
+        sae = layers[i]
+        mean = (sae.encode(torch.cat(reads[i])) @ sae.W_dec).mean(0)
+        if name == "mxd":
+            return lambda x: sae.hidden(x) @ sae.W_shared * mean + sae.b_dec
+        return lambda x: mean + sae(x) - sae.encode(x) @ sae.W_dec
+
+    def nothing(x):
+        return torch.zeros_like(x)
+
+    here = loss()
+    for i, row in enumerate(found["in_place"]):
+        sae, x = layers[i], torch.cat(reads[i])
+        y = torch.cat([originals[i](part[None])[0] for part in reads[i]])
+        error, active = (sae(x) - y).square().sum(), sae.encode(x) != 0
+        assert row["fvu"] == pytest.approx(
+            (error / (y - y.mean(0)).square().sum()).item(), rel=1e-3
+        )
+        assert row["l0"] == pytest.approx(active.sum(1).float().mean().item())
+        assert row["alive_fraction"] == pytest.approx(active.any(0).float().mean().item())
+        without, removed = loss(**{f"m{i}": None}), loss(**{f"m{i}": nothing})
+        assert row["ce_increase"] == pytest.approx(here - without, rel=1e-3, abs=1e-6)
+        share = (loss(**{f"m{i}": at_mean(i)}) - here) / (removed - without)
+        assert row["share"] == pytest.approx(share, rel=1e-2, abs=1e-4)
+        assert -1 <= row["jacobian_cosine"] <= 1 and row["shuffled"] is not None
+    assert found["in_place"][1]["worth"] == pytest.approx(
+        loss(m1=controls[1]) - here, rel=1e-3, abs=1e-6
+    )
+    assert ["worth" in row for row in found["in_place"]] == [False, True, False]
+    everywhere = {f"m{i}": at_mean(i) for i in range(N_LAYERS)}
+    original, gates = loss(m0=None, m1=None, m2=None), loss(**everywhere)
+    removed = loss(m0=nothing, m1=nothing, m2=nothing)
+    assert found["ce_mean_gates"] == pytest.approx(gates - original, rel=1e-3, abs=1e-6)
+    assert found["ce_zero_ablation"] == pytest.approx(removed - original, rel=1e-3)
+    assert found["share"] == pytest.approx((gates - here) / (removed - original), rel=1e-2)
+
+
 def test_exact_copies_lose_nothing_together(lm, tokens):
     layers = {i: placed(MxD.from_mlp(lm.blocks[i].mlp), lm, i) for i in range(N_LAYERS)}
     found = evaluate_jointly(lm, layers, tokens)
