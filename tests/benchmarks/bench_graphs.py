@@ -1,5 +1,5 @@
 """Attribution graphs of twenty prompts: what they cost, what is kept, and whether they predict what
-ablations do, for each architecture in a folder of layers::
+ablations do, for each architecture in a folder of layers (--architecture: for one)::
 
     python -m tests.benchmarks.bench_graphs runs/all --k 32 --output graphs.json
 """
@@ -23,35 +23,45 @@ from mxd_lens.runs.graph import ablate
 from mxd_lens.runs.replacement import chosen_runs
 from mxd_lens.runs.results import load_layer
 
-PROMPTS = [
-    "The capital of France is",
-    "The capital of Japan is",
-    "The opposite of hot is",
-    "The opposite of small is",
-    "Two plus three equals",
-    "Monday, Tuesday, Wednesday,",
-    "January, February, March,",
-    "The color of the sky is",
-    "The color of grass is",
-    "Cats and",
-    "Salt and",
-    "She opened the door and",
-    "He was born in the city of",
-    "The river flows into the",
-    "Once upon a",
-    "The first president of the United",
-    "Water freezes at zero degrees",
-    "The largest planet in the solar",
-    "In the year 1945 the war",
-    "The keys to the cabinet",
-]
+Asked = tuple[str, str, str]
+
+PROMPTS: dict[str, list[Asked]] = {
+    "agreement": [
+        ("The keys to the cabinet", " are", " is"),
+        ("The dogs in the garden", " are", " is"),
+        ("The man with the red shoes", " is", " are"),
+        ("The children who saw the movie", " were", " was"),
+        ("The picture of the mountains", " is", " are"),
+        ("The teachers at the school", " are", " is"),
+        ("The river between the hills", " is", " are"),
+    ],
+    "induction": [
+        ("The code is blue river stone. I repeat: the code is blue river", " stone", " water"),
+        ("red, seven, lamp, green; red, seven, lamp,", " green", " blue"),
+        ("Mr. Dursley was late. Everyone waited for Mr. D", "urs", "avid"),
+        ("one cat two dog three fish one cat two", " dog", " fish"),
+        ("When John and Mary went to the store, John gave a drink to", " Mary", " John"),
+        ("Mary met Zorblat at noon. Later that day, Mary talked to Z", "orb", "ach"),
+    ],
+    "fact": [
+        ("The capital of France is", " Paris", " London"),
+        ("The capital of Japan is", " Tokyo", " Beijing"),
+        ("The capital of Italy is", " Rome", " Paris"),
+        ("The opposite of hot is", " cold", " warm"),
+        ("The first president of the United States was George", " Washington", " Bush"),
+        ("The Eiffel Tower is in the city of", " Paris", " London"),
+        ("Water is made of hydrogen and", " oxygen", " nitrogen"),
+    ],
+}
+"""A prompt, how it should go on, and another token: SmolLM2 takes the first for the likelier."""
 
 
-def trace(model: Any, layers: Any, prompt: str, max_nodes: int, n: int) -> dict[str, Any]:
-    """One prompt's graph, and its n most influential experts ablated."""
+def trace(model: Any, layers: Any, asked: Asked, max_nodes: int, n: int) -> dict[str, Any]:
+    """The graph of one prompt's logit difference, and its n most influential experts ablated."""
+    prompt, target, against = asked
     tokens = model.to_tokens(prompt, prepend_bos=True)[0]
     begun = perf_counter()
-    graph, local = attribute(model, layers, tokens, max_nodes=max_nodes)
+    graph, local = attribute(model, layers, tokens, target, against, max_nodes=max_nodes)
     pruned = prune(graph)
     seconds = perf_counter() - begun
     ranks = ablate(graph, local, pruned, n).rank_correlation
@@ -72,21 +82,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder")
     parser.add_argument("--k", type=int)
+    parser.add_argument("--architecture")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--max_nodes", type=int, default=4096)
     parser.add_argument("--ablations", type=int, default=24)
-    parser.add_argument("--prompts", type=int, default=len(PROMPTS))
+    parser.add_argument("--prompts", type=int, help="of each kind")
     options = parser.parse_args()
     found: dict[str, list[Any]] = defaultdict(list)
     model = None
     every = finished_runs(Path(options.folder), one_mlp=False)
-    for architecture in sorted({run.architecture for run in every}):
+    every_name = sorted({run.architecture for run in every})
+    for architecture in [options.architecture] if options.architecture else every_name:
         runs = chosen_runs(options.folder, architecture=architecture, k=options.k)
         model = model or runs[0].load_model()
         layers = {run.layer: load_layer(run.layer_path, run.device) for run in runs}
-        for prompt in PROMPTS[: options.prompts]:
-            row = trace(model, layers, prompt, options.max_nodes, options.ablations)
-            found[architecture].append(row)
+        every_prompt = [(kind, p) for kind, of in PROMPTS.items() for p in of[: options.prompts]]
+        for kind, asked in every_prompt:
+            row = trace(model, layers, asked, options.max_nodes, options.ablations)
+            found[architecture].append({"kind": kind} | row)
             print(architecture, json.dumps(row), flush=True)
             options.output.write_text(json.dumps(found, indent=1))
     for architecture, rows in found.items():
