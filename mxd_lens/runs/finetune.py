@@ -60,7 +60,7 @@ class FinetuneConfig(Choice):
     training_tokens: Count = 500_000
     """Tokens to train on; a shorter text is repeated."""
     lr: Positive = 1e-4
-    """Peak learning rate; it falls to zero."""
+    """Peak learning rate, after a tenth of the steps; it falls to zero."""
     lm_batch_size: Count = 8
     """Sequences per step."""
     reconstruction: NotNegative = 0.0
@@ -153,7 +153,10 @@ class Tuning:
         self.optimizer: torch.optim.Adam = torch.optim.Adam(self.parameters, lr=cfg.lr, fused=True)
         self.step: int = 0
         self.steps: int = max(1, cfg.training_tokens // (cfg.lm_batch_size * reading.context_size))
-        self.schedule: LambdaLR = LambdaLR(self.optimizer, lambda step: 1 - step / self.steps)
+        warm_up = max(1, self.steps // 10)
+        self.schedule: LambdaLR = LambdaLR(
+            self.optimizer, lambda step: min((step + 1) / warm_up, 1 - step / self.steps)
+        )
 
     def fit(self, text: Text, checkpoints: Path) -> None:
         """Train on the text, from the newest checkpoint if there is one; raises Interrupted when a
