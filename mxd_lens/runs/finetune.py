@@ -111,9 +111,9 @@ def run_finetune(cfg: FinetuneConfig, model: Any = None, dataset: Text | None = 
 
 
 def meaning_kept(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool | None:
-    """False if the experts of tuned layers idle: by `evaluate_jointly`, what holding their gates at
-    their means costs, or how many are alive, has fallen below `LEFT` of what it was. None of layers
-    without experts."""
+    """False if the experts of tuned layers carry less: by `evaluate_jointly`, the share that is
+    theirs, or how many are alive, has fallen below `LEFT` of what it was. None of layers without
+    experts."""
     if before["share"] is None:
         return None
 
