@@ -37,7 +37,7 @@ def make(folder, tmp_path):
             "architecture": "mxd",
             "training_tokens": 40 * 8 * 4,
             "lm_batch_size": 4,
-            "lr": 3e-3,
+            "lr": 6e-3,
         }
         return FinetuneConfig(run=str(folder), output=str(tmp_path / name), **sizes | options)
 
