@@ -199,8 +199,8 @@ def show_finetuning(cfg: FinetuneConfig) -> None:
     print(markdown(*tuned(written)))
     if written["meaning_kept"] is False:
         print(
-            f"\nExperts carry less: their share, or how many are alive, is below {LEFT:.0%} of what "
-            "it was. Tune at a lower --lr, on fewer tokens, or with --reconstruction 1."
+            f"\nExperts carry less: their share, or how many are alive, is below {LEFT:.0%} of what"
+            " it was. Tune at a lower --lr, on fewer tokens, or with --reconstruction 1."
         )
     print(f"\n{path}")
 
