@@ -57,7 +57,7 @@ from mxd_lens.runs.config import (
     finished_runs,
 )
 from mxd_lens.runs.exchange import ConvertConfig, ExportConfig, run_convert, run_export
-from mxd_lens.runs.finetune import LEFT, FinetuneConfig, run_finetune
+from mxd_lens.runs.finetune import TO_KEEP, FinetuneConfig, run_finetune
 from mxd_lens.runs.graph import GraphConfig, run_graph
 from mxd_lens.runs.results import (
     Beside,
@@ -177,12 +177,14 @@ def run_train(cfg: ManyConfig) -> None:
 
 def run_evaluate(cfg: EvaluateConfig) -> None:
     folder = Path(cfg.run)
+    if cfg.each and not cfg.joint:
+        raise ValueError("--each measures layers that are in place together: add --joint")
     if cfg.joint:
         path = measure_together(folder, cfg, cfg.n_sequences, each=cfg.each)
         write_joint_page(path)
         rows = plain(read(path, Joint))["rows"]
-        for table in (joint_table(rows), carried(rows), *([in_place(rows)] if cfg.each else [])):
-            print(markdown(*table), end="\n\n")
+        for part in (joint_table(rows), carried(rows), *([in_place(rows)] if cfg.each else [])):
+            print(markdown(*part), end="\n\n")
         print(f"\n{path}  {path.with_suffix('.html')}")
     elif (folder / RUNNER_CFG_FILENAME).exists():
         (run,) = finished_runs(folder)
@@ -199,8 +201,8 @@ def show_finetuning(cfg: FinetuneConfig) -> None:
     print(markdown(*tuned(written)))
     if written["meaning_kept"] is False:
         print(
-            f"\nExperts carry less: their share, or how many are alive, is below {LEFT:.0%} of what"
-            " it was. Tune at a lower --lr, on fewer tokens, or with --reconstruction 1."
+            f"\nExperts carry less: their share, or how many are alive, is below {TO_KEEP:.0%} of"
+            " what it was. Tune at a lower --lr, on fewer tokens, or with --reconstruction 1."
         )
     print(f"\n{path}")
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mxd_lens.analysis.intervals import interval
+from mxd_lens.analysis.jacobian import Function
 from mxd_lens.data.reading import Heldout
 from mxd_lens.layers.layer import Layer
 from mxd_lens.layers.mxd import MxD
@@ -21,7 +22,6 @@ from mxd_lens.models.site import Site
 from mxd_lens.models.splice import get_mlp
 
 Sparse = Float[Tensor, "tokens d_out"]
-Ablated = Callable[[Float[Tensor, "tokens d_in"]], Float[Tensor, "tokens d_out"]]
 PerToken = Float[Tensor, "sequences pos"]
 
 GATES = ("ce_mean_gate", "ce_shuffled_gate", "ce_shuffled_gate_matched")
@@ -60,7 +60,7 @@ class InModel:
         self.layer: Layer = layer
         self.site: Site = site
         self.heldout: Heldout = heldout
-        self._ablated: dict[str, Ablated] = {}
+        self._ablated: dict[str, Function] = {}
         if mean_sparse is not None:
             self._ablated = ablated(layer, mean_sparse, torch.Generator().manual_seed(seed))
         self._measures_shared = not heldout.shared
@@ -118,8 +118,8 @@ class InModel:
             "nmse": ((y_hat - y).square().sum(-1) / y.square().sum(-1))[:, :-1].cpu() * predicted,
         }
         if layer.has_experts:
-            for name, ablated in self._ablated.items():
-                found[name] = ce(run(kept, ablated(x[here])))
+            for name, function in self._ablated.items():
+                found[name] = ce(run(kept, function(x[here])))
         if self._copy is not None:
             found["ce_zero_ablation"] = ce(run(kept, torch.zeros_like(y[here])))
             of_mlp = cache[site.mlp_in]
@@ -201,7 +201,7 @@ class InModel:
 
 def ablated(
     layer: Layer, mean_sparse: Float[Tensor, "d_out"], generator: torch.Generator
-) -> dict[str, Ablated]:
+) -> dict[str, Function]:
     """The layer with its sparse term ablated, by each name of `GATES`.
 
     Args:
@@ -220,7 +220,7 @@ def ablated(
         norms = [s.norm(dim=-1, keepdim=True).clamp_min(1e-12) for s in (sparse, other)]
         return other * (norms[0] / norms[1])
 
-    def of_layer(ablate: Callable[[Sparse], Sparse]) -> Ablated:
+    def of_layer(ablate: Callable[[Sparse], Sparse]) -> Function:
         edits = [(layer.sparse_hook, lambda sparse, hook: ablate(sparse))]
         return lambda x: layer.sae.run_with_hooks(x, fwd_hooks=edits)
 

@@ -19,13 +19,12 @@ from tqdm.auto import tqdm
 from mxd_lens.analysis.alone import Alone
 from mxd_lens.analysis.in_model import ablated, cross_entropies, divergences
 from mxd_lens.analysis.intervals import interval
-from mxd_lens.analysis.jacobian import jacobians
+from mxd_lens.analysis.jacobian import Function, jacobians
 from mxd_lens.layers import layer_of
 from mxd_lens.models.site import Site
 from mxd_lens.models.splice import get_mlp
 
 Hook = tuple[str, Callable[..., Any]]
-Function = Callable[[Float[Tensor, "tokens d_in"]], Float[Tensor, "*tokens_d_out"]]
 
 PROMPTS = ("The capital of France is", "Once upon a time there was a", "The opposite of hot is")
 """That a model with and without its layers goes on from."""
@@ -315,7 +314,7 @@ _SHARES = {"share": "ce_mean_gate", "shuffled": "ce_shuffled_gate_matched"}
 
 
 def _nothing(x: Tensor) -> Tensor:
-    return x.new_zeros(())
+    return torch.zeros_like(x)
 
 
 @torch.no_grad()

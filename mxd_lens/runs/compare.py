@@ -320,12 +320,15 @@ def measure_together(
     options = {"n_sequences": n_sequences, "n_tokens": n_sequences * cfg.context_size}
     tokens = read_heldout(site, documents, **options, **cfg.reading_heldout).in_model
     original = continuations(model, {})
-    controls = {run.layer: run for run in runs if each and run.architecture == CONTROL}
+    controls = [run for run in runs if each and run.architecture == CONTROL]
     rows = []
     for (architecture, k, seed), of_group in groups.items():
         layers = {run.layer: load_layer(run.layer_path, run.device) for run in of_group}
         written = zip(PROMPTS, original, continuations(model, layers), strict=True)
-        beside = {} if architecture == CONTROL else controls
+        beside: dict[int, TrainConfig] = {}
+        if architecture != CONTROL:
+            of_seed = sorted(controls, key=lambda run: (run.seed != seed, run.seed), reverse=True)
+            beside = {run.layer: run for run in of_seed}  # the first of the order come last
         rows.append(
             JointRow(
                 architecture=architecture,

@@ -42,7 +42,7 @@ CHECKPOINTS = "checkpoints"
 """Where an interrupted run goes on from: a folder for the step it has come to."""
 TUNED_FILENAME = "finetuned.json"
 """`evaluate_jointly` of all layers ``before`` and ``after``, and ``meaning_kept``."""
-LEFT = 0.9
+TO_KEEP = 0.9
 """Of ``share`` and of the experts that are alive: how much tuning has to leave."""
 
 
@@ -112,7 +112,7 @@ def run_finetune(cfg: FinetuneConfig, model: Any = None, dataset: Text | None = 
 
 def meaning_kept(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool | None:
     """False if the experts of tuned layers carry less: by `evaluate_jointly`, the share that is
-    theirs, or how many are alive, has fallen below `LEFT` of what it was. None of layers without
+    theirs, or how many are alive, has fallen below `TO_KEEP` of what it was. None of layers without
     experts."""
     if before["share"] is None:
         return None
@@ -120,7 +120,7 @@ def meaning_kept(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool | 
     def alive(measured: Mapping[str, Any]) -> float:
         return sum(of_layer["alive_fraction"] or 0.0 for of_layer in measured["in_place"])
 
-    return after["share"] >= LEFT * before["share"] and alive(after) >= LEFT * alive(before)
+    return after["share"] >= TO_KEEP * before["share"] and alive(after) >= TO_KEEP * alive(before)
 
 
 def _save(run: TrainConfig, sae: SAE[Any], folder: Path) -> None:

@@ -108,10 +108,13 @@ def run_graph(cfg: GraphConfig) -> Traced:
     return Traced(path, runs, graph, pruned, seconds, ablations)
 
 
-def ablate(graph: Graph, local: LocalModel, pruned: Pruned, n: int) -> Ablations:
-    """The n most influential experts ablated, each by itself: the first target's change."""
+def ablate(
+    graph: Graph, local: LocalModel, pruned: Pruned, n: int, factor: float = 0.0
+) -> Ablations:
+    """The n most influential experts ablated, or scaled, each by itself: the first target's
+    change."""
     nodes = pruned.influence[: graph.n_units].argsort()[:n].tolist()
-    edits = [{node: 0.0} for node in nodes]
+    edits = [{node: factor} for node in nodes]
     changes: dict[str, Any] = {"predicted": predict(graph, edits)[:, 0]}
     changes |= {where: measure(graph, local, edits, where)[:, 0] for where in WHERE}
     rows = [

@@ -56,15 +56,20 @@ PROMPTS: dict[str, list[Asked]] = {
 """A prompt, how it should go on, and another token: SmolLM2 takes the first for the likelier."""
 
 
-def trace(model: Any, layers: Any, asked: Asked, max_nodes: int, n: int) -> dict[str, Any]:
-    """The graph of one prompt's logit difference, and its n most influential experts ablated."""
+def trace(model: Any, layers: Any, asked: Asked, options: Any) -> dict[str, Any]:
+    """The graph of one prompt's logit difference, and its most influential experts ablated, with the mean size
+    of what that changes."""
     prompt, target, against = asked
     tokens = model.to_tokens(prompt, prepend_bos=True)[0]
     begun = perf_counter()
-    graph, local = attribute(model, layers, tokens, target, against, max_nodes=max_nodes)
+    graph, local = attribute(model, layers, tokens, target, against, max_nodes=options.max_nodes)
     pruned = prune(graph)
     seconds = perf_counter() - begun
-    ranks = ablate(graph, local, pruned, n).rank_correlation
+    ablations = ablate(graph, local, pruned, options.ablations, options.factor)
+    sizes = {
+        where: sum(abs(getattr(row, where)) for row in ablations.rows) / len(ablations.rows)
+        for where in ("predicted", *WHERE)
+    }
     return {
         "prompt": prompt,
         "seconds": seconds,
@@ -75,7 +80,8 @@ def trace(model: Any, layers: Any, asked: Asked, max_nodes: int, n: int) -> dict
         "incompleteness": graph.incompleteness,
         "through_units": pruned.through_units,
         "explained": pruned.explained,
-    } | {f"rank {where}": ranks[where] for where in WHERE}
+        "change": sizes,
+    } | {f"rank {where}": ablations.rank_correlation[where] for where in WHERE}
 
 
 def main() -> None:
@@ -86,6 +92,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--max_nodes", type=int, default=4096)
     parser.add_argument("--ablations", type=int, default=24)
+    parser.add_argument("--factor", type=float, default=0.0, help="0 ablates, 0.99 barely changes")
     parser.add_argument("--prompts", type=int, help="of each kind")
     options = parser.parse_args()
     found: dict[str, list[Any]] = defaultdict(list)
@@ -98,12 +105,12 @@ def main() -> None:
         layers = {run.layer: load_layer(run.layer_path, run.device) for run in runs}
         every_prompt = [(kind, p) for kind, of in PROMPTS.items() for p in of[: options.prompts]]
         for kind, asked in every_prompt:
-            row = trace(model, layers, asked, options.max_nodes, options.ablations)
+            row = trace(model, layers, asked, options)
             found[architecture].append({"kind": kind} | row)
             print(architecture, json.dumps(row), flush=True)
             options.output.write_text(json.dumps(found, indent=1))
     for architecture, rows in found.items():
-        numbers = [name for name, value in rows[0].items() if not isinstance(value, str)]
+        numbers = [name for name, value in rows[0].items() if not isinstance(value, (str, dict))]
         medians = {name: median(row[name] or 0 for row in rows) for name in numbers}
         print(architecture, {name: f"{value:.3g}" for name, value in medians.items()})
     print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB")

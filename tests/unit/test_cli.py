@@ -83,6 +83,8 @@ def test_layers_of_several_mlps_are_put_in_place_at_once(run, tmp_path):
     printed = run("finetune", str(folder), "--output", str(tuned), *sizes.split())
     assert "| before | 3 |" in printed and "| after | 3 |" in printed
     assert "| MxD, k = 2 | 3 |" in run("evaluate", str(tuned), "--joint", "--n_sequences", "4")
+    with pytest.raises(SystemExit, match="add --joint"):
+        run("evaluate", str(folder), "--each")
     with pytest.raises(SystemExit, match="no two layers of different MLPs"):
         run("evaluate", str(folder / "layer1-mxd-k2-seed0"), "--joint")
 

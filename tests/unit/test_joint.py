@@ -7,7 +7,9 @@ import torch
 from sae_lens import SAE
 
 from mxd_lens import ManyConfig, replace, train_many
+from mxd_lens.analysis.jacobian import jacobians
 from mxd_lens.analysis.joint import continuations, evaluate_jointly, spread_evenly
+from mxd_lens.layers import layer_of
 from mxd_lens.layers.mxd import MxD
 from mxd_lens.models.site import Site
 from mxd_lens.models.splice import splice
@@ -124,7 +126,9 @@ def test_each_beside_the_others_is_the_spliced_models(lm, tokens, name):
         assert row["ce_increase"] == pytest.approx(here - without, rel=1e-3, abs=1e-6)
         share = (loss(**{f"m{i}": at_mean(i)}) - here) / (removed - without)
         assert row["share"] == pytest.approx(share, rel=1e-2, abs=1e-4)
-        assert -1 <= row["jacobian_cosine"] <= 1 and row["shuffled"] is not None
+        of_first = jacobians(layer_of(sae), originals[i], reads[i][0])["jacobian_cosine"]
+        assert row["jacobian_cosine"] == pytest.approx(of_first, rel=1e-3)
+        assert abs(row["shuffled"]) > 1e-4
     assert found["in_place"][1]["worth"] == pytest.approx(
         loss(m1=controls[1]) - here, rel=1e-3, abs=1e-6
     )
@@ -139,9 +143,13 @@ def test_each_beside_the_others_is_the_spliced_models(lm, tokens, name):
 
 def test_exact_copies_lose_nothing_together(lm, tokens):
     layers = {i: placed(MxD.from_mlp(lm.blocks[i].mlp), lm, i) for i in range(N_LAYERS)}
-    found = evaluate_jointly(lm, layers, tokens)
+    found = evaluate_jointly(lm, layers, tokens, each=True)
     for of_n in found["replaced"]:
         assert [of_n["ce_increase"], of_n["kl"]] == pytest.approx([0, 0], abs=1e-5)
+    for row in found["in_place"]:  # the same sparse term at every token
+        names = ("ce_increase", "fvu", "share", "shuffled")
+        assert [row[name] for name in names] == pytest.approx([0] * 4, abs=1e-4)
+        assert row["jacobian_cosine"] == pytest.approx(1, abs=1e-4)
     assert found["error"] == pytest.approx([0] * N_LAYERS, abs=1e-6)
 
 
