@@ -57,8 +57,8 @@ PROMPTS: dict[str, list[Asked]] = {
 
 
 def trace(model: Any, layers: Any, asked: Asked, options: Any) -> dict[str, Any]:
-    """The graph of one prompt's logit difference, and its most influential experts ablated, with the mean size
-    of what that changes."""
+    """The graph of one prompt's logit difference, its most influential experts ablated or scaled,
+    and the mean size of what that changes."""
     prompt, target, against = asked
     tokens = model.to_tokens(prompt, prepend_bos=True)[0]
     begun = perf_counter()
