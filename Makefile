@@ -55,7 +55,7 @@ COMPILE = $(BIN)/uv pip compile pyproject.toml --extra dev --no-annotate --quiet
 	touch $@
 
 search: setup
-	$(BIN)/python tests/benchmarks/search_lr.py
+	$(BIN)/python tests/benchmarks/search_lr.py $(ARCHITECTURES)
 
 search-recipe: setup
 	$(BIN)/python tests/benchmarks/search_recipe.py

@@ -48,10 +48,11 @@ def main() -> None:
         every = torch.arange(sae.cfg.d_sae, device=sae.device)
         directions = {"its own": layer.steering_directions(every, x)}
         train = run.documents()[0]
-        for n in options.regress if isinstance(sae, MxD) else ():
-            read = read_heldout(site, train, n_tokens=n, **run.reading_heldout)
-            inputs = torch.cat([pair[site.hook_in] for pair in read.pairs])[:n]
-            directions[f"regression, {n:,} tokens"] = sae.regress(inputs)
+        if isinstance(sae, MxD):
+            for n in options.regress:
+                read = read_heldout(site, train, n_tokens=n, **run.reading_heldout)
+                inputs = torch.cat([pair[site.hook_in] for pair in read.pairs])[:n]
+                directions[f"regression, {n:,} tokens"] = sae.regress(inputs)
         corpus = read_corpus(site, train, options.n_tokens, run.context_size)
         firings = read_firings(site, sae, corpus, autocast=run.autocast)
         top = pick_contexts(firings, corpus)[0][:, :N_TOP]

@@ -91,10 +91,11 @@ def sparsify_steps(x: Tensor, y: Tensor) -> dict[str, Step]:
     """Steps of sparsify's transcoders, where it is installed."""
     if SparseCoder is None or SparseCoderConfig is None:
         return {}
+    coder_class, coder_config = SparseCoder, SparseCoderConfig
 
     def step_of(skip: bool) -> Step:
-        cfg = SparseCoderConfig(num_latents=N_UNITS, k=K, transcode=True, skip_connection=skip)
-        coder = SparseCoder(D_MODEL, cfg, device=DEVICE)
+        cfg = coder_config(num_latents=N_UNITS, k=K, transcode=True, skip_connection=skip)
+        coder = coder_class(D_MODEL, cfg, device=DEVICE)
         torch.nn.init.normal_(coder.W_dec, std=0.02)
 
         def step() -> None:
@@ -115,7 +116,7 @@ def floor_of(sae: MxD, x: Tensor, autocast: bool = False) -> Step:
     def step() -> None:
         with precision(autocast):
             with torch.no_grad():
-                x @ sae.W_enc
+                _ = x @ sae.W_enc
             hidden = F.silu(x @ sae.W_hidden_gate) * (x @ sae.W_hidden)
             out = hidden @ sae.W_shared
         out.sum().backward()
@@ -182,7 +183,7 @@ def main() -> None:
     batch = torch.randn(BATCH, 2 * D_MODEL, device=DEVICE)
     x, y = batch.split(D_MODEL, dim=-1)
     mxd, default = new_mxd("mxd_paper"), new_mxd("mxd")
-    shape = {"d_in": D_MODEL, "d_sae": N_UNITS, "k": K}
+    shape: dict[str, Any] = {"d_in": D_MODEL, "d_sae": N_UNITS, "k": K}
     transcoder = new_layer("topk_transcoder", d_out=D_MODEL, **shape)
     skip = new_layer("topk_skip_transcoder", d_out=D_MODEL, **shape)
     topk = TopKTrainingSAE(TopKTrainingSAEConfig(device=DEVICE, **shape))

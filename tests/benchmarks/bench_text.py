@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from datasets import Dataset
 from sae_lens import HookedSAETransformer, PretokenizeRunner, PretokenizeRunnerConfig
 from transformer_lens import HookedTransformerConfig
 from transformers import AutoTokenizer
@@ -31,7 +32,7 @@ SIZES = {"context_size": 128, "batch_size": 4096, "lm_batch_size": 32}
 def tiny_model() -> HookedSAETransformer:
     """One that nobody runs, with SmolLM2's tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(smollm2_dir())
-    sizes = {"n_layers": 1, "d_model": 8, "d_head": 8, "d_mlp": 8, "n_ctx": 128}
+    sizes: dict[str, Any] = {"n_layers": 1, "d_model": 8, "d_head": 8, "d_mlp": 8, "n_ctx": 128}
     cfg = HookedTransformerConfig(**sizes, d_vocab=len(tokenizer), act_fn="relu", device="cpu")
     return HookedSAETransformer(cfg, tokenizer)
 
@@ -68,6 +69,7 @@ def main(n_tokens: int) -> None:
         start = time.perf_counter()
         PretokenizeRunner(made).run()
         tokens = load_text(str(Path(folder) / "tokens"))
+        assert isinstance(tokens, Dataset)
         print(f"tokenized before, {len(tokens):,} rows in {time.perf_counter() - start:.0f} s")
         pass_by(site, tokens, n_tokens)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
@@ -40,7 +40,7 @@ PARTS: dict[str, tuple[Any, str]] = {
 
 
 def main() -> None:
-    seconds: Counter[str] = Counter()
+    seconds: defaultdict[str, float] = defaultdict(float)
     within = [0.0]  # seconds of the parts that each of those under way has called
 
     def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,6 +1,6 @@
 """Which learning rate suits each architecture: the search behind each `default_lr`.
 
-    make search
+    make search [ARCHITECTURES="dense molt"]
 
 SmolLM2-135M, layer 6, Wikipedia, k = 32, a third of the comparison's tokens. Layers are judged on
 training documents that come after those they were trained on; the documents of the final
@@ -9,18 +9,21 @@ comparison are not touched. Prints a table, a row at a time; finished runs are k
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import replace
 
 import torch
 from sae_lens import SAE
 
-from mxd_lens import CompareConfig, Site, load_model, train
+from mxd_lens import CompareConfig, Site, bfloat16_is_fast, load_model, train
 from mxd_lens.data.cache import stored_pairs
 from mxd_lens.layers import layer_of
 from mxd_lens.runs.train import fill_activations, of_layer
 
 LEARNING_RATES = [1e-3, 3e-3, 1e-2, 3e-2]
-SEARCH = CompareConfig(output="runs/search", training_tokens=409_600, k=[32], autocast=True)
+SEARCH = CompareConfig(
+    output="runs/search", training_tokens=409_600, k=[32], autocast=bfloat16_is_fast()
+)
 N_VALIDATION = 40_960
 
 
@@ -41,6 +44,9 @@ def measure(sae: SAE, validation: torch.Tensor, d_in: int) -> tuple[float, float
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("architectures", nargs="*", default=SEARCH.architectures)
+    search = replace(SEARCH, architectures=parser.parse_args().architectures)
     model = load_model(SEARCH.model, SEARCH.model_class, SEARCH.device)
     site = Site.at(model, int(SEARCH.layers[0]))
     activations = str(SEARCH.kept_activations)
@@ -50,7 +56,7 @@ def main() -> None:
         SEARCH.training_tokens :
     ].float()
     print("| architecture | learning rate | FVU | alive |\n|---|---|---|---|", flush=True)
-    for run in SEARCH.runs():
+    for run in search.runs():
         for lr in LEARNING_RATES:
             sae = train(replace(run, lr=lr, output=f"{run.output}-lr{lr:g}"), model)
             fvu, alive = measure(sae, validation, model.cfg.d_model)

@@ -17,7 +17,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from mxd_lens import CompareConfig, Site, load_model, train
+from mxd_lens import CompareConfig, Site, bfloat16_is_fast, load_model, train
 from mxd_lens.analysis.faithfulness import evaluate
 from mxd_lens.data.reading import read_heldout, text_activations
 from mxd_lens.data.text import split_documents
@@ -27,7 +27,7 @@ from mxd_lens.runs.compare import probe_scores
 CANDIDATES = [(3e-3, 0.3), (3e-3, 0.0), (1e-2, 0.3), (1e-2, 0.0)]
 """(peak learning rate, aux_loss_coefficient)"""
 SEEDS = [0, 1]
-COMPARISON = CompareConfig(architectures=["mxd"], k=[32], autocast=True)
+COMPARISON = CompareConfig(architectures=["mxd"], k=[32], autocast=bfloat16_is_fast())
 FIRST_DOCUMENT = 300
 N_TOPICS, N_TEXTS = 6, 200
 
@@ -50,7 +50,7 @@ def topics() -> Dataset:
 
 def main() -> None:
     model = load_model(COMPARISON.model, COMPARISON.model_class, COMPARISON.device)
-    site = Site.at(model, COMPARISON.layer)
+    site = Site.at(model, int(COMPARISON.layers[0]))
     _, heldout = COMPARISON.documents()
     assert isinstance(heldout, Dataset)
     validation = read_heldout(
@@ -62,7 +62,7 @@ def main() -> None:
         n_tokens=40_000,
     )
     labelled = topics()
-    activations = text_activations(site, labelled["text"], autocast=True)
+    activations = text_activations(site, labelled["text"], autocast=COMPARISON.autocast)
     for run in replace(COMPARISON, seeds=SEEDS).runs():
         for lr, coefficient in CANDIDATES:
             candidate = {"lr": lr, "aux_loss_coefficient": coefficient, "seed": run.seed}
