@@ -42,7 +42,7 @@ class Dense(HiddenUnits):
 
     cfg: DenseConfig
     label: ClassVar[str] = "dense control"
-    default_lr: ClassVar[float] = 1e-2
+    default_lr: ClassVar[float] = 3e-2
     has_experts: ClassVar[bool] = False
     multiple_of: ClassVar[int] = 1
     decode_reads_input: ClassVar[bool] = False
