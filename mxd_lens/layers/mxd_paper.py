@@ -30,7 +30,7 @@ class TrainingMxDPaper(MxD, TrainingSparseLayer):
 
     cfg: TrainingMxDPaperConfig  # type: ignore[assignment]
     label: ClassVar[str] = "MxD, paper's recipe"
-    default_lr: ClassVar[float] = 3e-2
+    default_lr: ClassVar[float] = 1e-2
 
     def init_from(self, *_: Any) -> None:
         """Nothing: all weights start at random."""
