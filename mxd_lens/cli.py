@@ -402,7 +402,8 @@ def main(arguments: list[str] | None = None) -> None:
     except RuntimeError as error:
         if (lost := lost_rank(error)) is None:
             raise
-        sys.exit(f"{who}: {lost}")
+        print(f"{who}: {lost}", file=sys.stderr)  # at once: torchrun's SIGTERM is on its way
+        sys.exit(1)
     except KeyboardInterrupt as error:
         said = str(error) or "interrupted; the same command goes on with what is not finished"
         print(f"\n{who}: {said}", file=sys.stderr)

@@ -202,3 +202,19 @@ def test_a_prompt_is_traced_back_through_the_layers_of_a_folder(run, tmp_path):
             run("graph", *asked, *wrong)
     with pytest.raises(SystemExit, match="a prompt of 41 tokens: this model reads 1 to 32"):
         run("graph", str(folder), "--prompt", "cat " * 40, "--architecture", "mxd")
+
+
+def test_a_rank_says_that_another_is_lost_before_it_parts_from_the_rest(monkeypatch, capsys):
+    """To part may take longer than torchrun waits before it sends SIGTERM."""
+
+    def lose(cfg):
+        raise RuntimeError("Connection closed by peer")
+
+    said = []
+    monkeypatch.setitem(COMMANDS, "demo", (COMMANDS["demo"][0], lose))
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("mxd_lens.cli.leave", lambda: said.append(capsys.readouterr().err))
+    with pytest.raises(SystemExit) as left:
+        main(["demo"])
+    assert left.value.code == 1
+    assert "another rank has ended" in said[0] and "the same command goes on" in said[0]

@@ -21,6 +21,7 @@ from mxd_lens.cli import main
 from mxd_lens.data.text import DEMO_TEXTS
 from mxd_lens.demo.models import DEMO_MODELS
 from mxd_lens.hub import DEMO_SOURCES, gather, source
+from mxd_lens.layers import answers
 from mxd_lens.runs.results import read_rows
 from tests.conftest import WORDS
 from tests.fake_hub import FakeHub, fake_hub
@@ -166,6 +167,7 @@ def test_what_the_card_says(hub, folder, llama_folder):
     assert card.data.base_model is None  # a local folder
     assert yaml.safe_load(upload.card.split("---\n")[1]) == card.data.to_dict()
     text = card.text
+    mxd_lr, dense_lr = (answers(name).default_lr for name in ("mxd", "dense"))
     for said in (
         "pip install mxd-lens",
         "import mxd_lens  # first",
@@ -175,7 +177,7 @@ def test_what_the_card_says(hub, folder, llama_folder):
         f"/me/tiny-mxd/resolve/main/{MXD}/report.html",
         f"`{llama_folder.name}` (a local one): not known to mxd-lens",
         "| tokens | 640 |",
-        "| peak learning rate | 0.003 (MxD), 0.01 (dense control) |",
+        f"| peak learning rate | {mxd_lr:g} (MxD), {dense_lr:g} (dense control) |",
     ):
         assert said in text, said
     for row in read_rows(folder / "results.json"):
