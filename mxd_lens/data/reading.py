@@ -36,7 +36,8 @@ class Heldout:
 
     @property
     def in_model(self) -> list[Int[Tensor, "batch pos"]]:
-        return self.tokens[: -(-self.n_sequences // len(self.tokens[0]))]
+        """The first `n_sequences`, if there are as many, in batches."""
+        return list(torch.cat(self.tokens)[: self.n_sequences].split(len(self.tokens[0])))
 
 
 @torch.no_grad()

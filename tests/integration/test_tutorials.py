@@ -10,8 +10,8 @@ from papermill.exceptions import PapermillExecutionError
 TUTORIALS = sorted((Path(__file__).parents[2] / "tutorials").glob("*.ipynb"))
 SHORTER = {
     "1_swap_in_and_hook": {},
-    "2_train_your_own": {},
-    "3_frontier": {"ks": [8]},
+    "2_train_your_own": {"n_sequences": 4},
+    "3_frontier": {"ks": [8], "n_sequences": 4},
     "4_probe_inspect_steer": {"n_texts": 120, "n_tokens": 4000, "n_samples": 2},
     "5_graph_and_intervene": {"layers": [6, 20], "n_tokens": 4000, "n_ablations": 4},
 }

@@ -97,6 +97,18 @@ def test_what_follows_from_the_sequences_own_numbers(tiny_bridge, heldout):
     assert sums[: len(sums) // 2] == pytest.approx(sums[len(sums) // 2 :])
 
 
+def test_it_takes_as_many_sequences_as_it_is_asked_for(tiny_bridge, heldout):
+    """And not whole batches of them."""
+    mxd = random_layer("mxd")
+    few, more = (
+        evaluate(tiny_bridge, mxd, heldout, n_sequences=n, batch_size=4)[0]["sequences"]
+        for n in (6, 8)
+    )
+    for name in ("ce_original", "ce_replaced", "kl", "tokens"):
+        assert len(few[name]) == 6
+        assert few[name] == pytest.approx(more[name][:6], abs=1e-4)
+
+
 @pytest.mark.parametrize(
     "name", ["mxd", "jumprelu_mxd", "molt", "topk_skip_transcoder", "topk", "dense"]
 )
